@@ -1,0 +1,104 @@
+"""The facts that a command found, as text for people. The same facts are printed as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Facts = Mapping[str, Any]
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Names and values in two columns; what is None is left out.
+
+    >>> print(table({"step": 2880, "digest": None, "loss": 0.39421}))
+    step  2,880
+    loss  0.39421
+    """
+    shown = {name: value(v) for name, v in rows.items() if v is not None}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in shown.items())
+
+
+def value(given: Any) -> str:
+    """A value for people: counts with commas, numbers with five digits, tables and lists on one line.
+
+    >>> value({"loss": 0.394213, "rows": 32829, "rows_per_s": 386780.4})
+    'loss 0.39421, rows 32,829, rows_per_s 386,780'
+    """
+    if isinstance(given, Mapping):
+        return ", ".join(f"{name} {value(v)}" for name, v in given.items())
+    if isinstance(given, list | tuple):
+        return ", ".join(map(value, given))
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return str(given)
+    if isinstance(given, int):
+        return f"{given:,}"
+    return f"{given:,.0f}" if 1e5 <= abs(given) < 1e15 else f"{given:.5g}"
+
+
+def trained(facts: Facts) -> str:
+    """What came out of ``train``, and where it is."""
+    ended = "stopped as asked" if facts["stopped"] else "done"
+    return "\n".join(
+        [
+            f"{ended}: {facts['step']:,} steps",
+            table(
+                {"run": facts["path"], "checkpoint": facts["checkpoint"], "digest": facts["digest"]} | metrics(facts)
+            ),
+        ]
+    )
+
+
+def metrics(facts: Facts) -> dict[str, Any]:
+    """The metrics among the facts, empty where there are none."""
+    return {"metrics": facts["metrics"]} if facts["metrics"] else {}
+
+
+def dry_run(facts: Facts) -> str:
+    """What ``train --dry-run`` found."""
+    numbers = {name.replace("_", " "): given for name, given in facts.items() if name != "columns"}
+    head = "nothing was trained; what can be checked before is well"
+    return "\n".join([head, *facts["columns"], table(numbers)])
+
+
+def scored(facts: Facts) -> str:
+    """What came out of ``evaluate``."""
+    head = {"checkpoint": facts["checkpoint"], "data": facts["data"]}
+    return table(head | dict(facts["metrics"]))
+
+
+def predicted(facts: Facts) -> str:
+    """What came out of ``predict``."""
+    lines = [f"{facts['rows']:,} rows predicted into {facts['output']} by {facts['checkpoint']}"]
+    if facts["unseen"]:
+        lines.append(f"{facts['unseen']:,} category values were not seen in training: they contributed nothing")
+    if facts["missing"]:
+        lines.append(f"{facts['missing']:,} rows miss a value: their prediction is null")
+    return "\n".join(lines)
+
+
+def drawn(facts: Facts) -> str:
+    """What came out of ``plot``."""
+    return f"drawn: {facts['picture']}"
+
+
+def digest(facts: Facts) -> str:
+    """What came out of ``digest``: nothing else, so that two of them can be compared."""
+    return str(facts["digest"])
+
+
+def inspected(facts: Facts) -> str:
+    """What came out of ``inspect``."""
+    status = facts["status"] or {"state": "never started"}
+    keys = ("state", "message", "step", "total_steps", "attempt", "exit_code", "started", "updated", "digest")
+    rows = {key.replace("_", " "): status.get(key) for key in keys if status.get(key) != ""}
+    rows["checkpoints"] = facts["checkpoints"] or None
+    for kind, record in facts["metrics"].items():
+        if record is not None:
+            rows[f"last {kind}"] = {k: v for k, v in record.items() if k not in ("kind", "time")}
+    lines = [f"run {facts['run']}", table(rows)]
+    for section, fields in (facts["config"] or {}).items():
+        if isinstance(fields, Mapping):
+            lines += ["", f"[{section}]", table(fields)]
+    return "\n".join(lines)

@@ -1,0 +1,337 @@
+"""``Trainer.fit``: open, decide, place, train, and leave a run directory that tells the truth."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import FrameType
+from typing import Any
+
+from raysgd import checkpoint as checkpoints
+from raysgd import config, fitted
+from raysgd.data.dataset import ArrowDataset, counted
+from raysgd.data.sampler import Sampler
+from raysgd.errors import InputError, Interrupted, RaysgdError
+from raysgd.learn.models.base import Model
+from raysgd.learn.schedules import steps_in
+from raysgd.learn.transforms import FTRL, SGD, AdaGrad
+from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
+from raysgd.report import metrics_log, status
+from raysgd.report.curve import Curve
+from raysgd.report.metrics_log import MetricsLog
+from raysgd.report.plot import loss_curve
+from raysgd.report.progress import Report, report_to
+from raysgd.report.status import Status
+from raysgd.resume import Beginning, beginning, clear
+from raysgd.runtime.attempt import Attempt
+from raysgd.runtime.gang import Gang, gather
+from raysgd.runtime.session import session
+from raysgd.spec import RunConfig, RunSpec, ScalingConfig, TrainConfig
+from raysgd.storage import Storage
+
+#: seconds that the processes of our own cluster may take to start
+START_TIMEOUT_S = 180.0
+
+#: lines of the loss curve an epoch, unless ``log_every`` says otherwise
+LINES_PER_EPOCH = 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    metrics: of the last validation ("valid_loss", ...), and "train_loss" of the last line of the curve
+    checkpoint: the path of the last one;  path: the run's directory
+    digest: SHA-256 over parameters, optimizer state and step;  step: steps committed
+    stopped: whether ``stop_after_steps`` ended it before the last step
+    history: the lines of metrics.jsonl
+    """
+
+    metrics: dict[str, float]
+    checkpoint: str
+    path: str
+    digest: str
+    step: int
+    stopped: bool
+    history: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def model(self) -> fitted.FittedModel:
+        """The model of the best checkpoint by validation loss."""
+        return fitted.load(self.path, "best")
+
+
+class Trainer:
+    """Trains a model on a table with Ray actors; see :class:`raysgd.spec.RunSpec` for what the sections mean.
+
+    model, data, validation, optimizer, batch_size (rows a step over all workers), epochs, seed, virtual_workers,
+    staleness, local_steps and clip_norm determine the trained bytes; scaling_config and run_config never do. ``fresh``
+    deletes what the run's directory holds.
+
+    Raises InputError with every violation, here where the arguments show it and in :meth:`fit` where the data does.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        data: ArrowDataset,
+        validation: ArrowDataset | None = None,
+        optimizer: SGD | AdaGrad | FTRL | None = None,
+        batch_size: int = 512,
+        epochs: int = 1,
+        seed: int = 0,
+        virtual_workers: int = 8,
+        staleness: float = 0,
+        local_steps: int = 1,
+        clip_norm: float | None = None,
+        scaling_config: ScalingConfig | None = None,
+        run_config: RunConfig | None = None,
+        fresh: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        self.spec = RunSpec(
+            data,
+            validation,
+            model,
+            SGD() if optimizer is None else optimizer,
+            TrainConfig(batch_size, epochs, seed, virtual_workers, staleness, local_steps, clip_norm),
+            ScalingConfig() if scaling_config is None else scaling_config,
+            RunConfig() if run_config is None else run_config,
+        )
+        self.fresh = fresh
+        self.report = report_to(sys.stdout) if report is None else report
+        if problems := self.spec.problems():
+            raise InputError(problems)
+        if self.spec.run.name is None:
+            self.spec = replace(self.spec, run=replace(self.spec.run, name="run"))
+
+    @classmethod
+    def from_spec(cls, spec: RunSpec, *, fresh: bool = False, report: Report | None = None) -> Trainer:
+        """The trainer of a whole spec, as config.py reads it from TOML."""
+        train = spec.train
+        return cls(
+            model=spec.model,
+            data=spec.data,
+            validation=spec.validation,
+            optimizer=spec.optimizer,
+            batch_size=train.batch_size,
+            epochs=train.epochs,
+            seed=train.seed,
+            virtual_workers=train.virtual_workers,
+            staleness=train.staleness,
+            local_steps=train.local_steps,
+            clip_norm=train.clip_norm,
+            scaling_config=spec.scaling,
+            run_config=spec.run,
+            fresh=fresh,
+            report=report,
+        )
+
+    def dry_run(self) -> dict[str, Any]:
+        """What would be done, from footers and the run's directory alone; nothing is started or written."""
+        tables, begin = self._open()
+        spec, rows = self.spec, tables.train.n_rows
+        train = spec.train
+        steps = Sampler(
+            tables.train.shard_rows, train.batch_size, train.virtual_workers, train.seed, spec.data.window_rows
+        ).steps_per_epoch
+        return {
+            "run": self._storage.uri,
+            "training_rows": rows,
+            "training_shards": len(tables.train.shards),
+            "validation_rows": None if tables.validation is None else tables.validation.n_rows,
+            "columns": tables.train.describe(),
+            "steps_per_epoch": steps,
+            "total_steps": steps * spec.train.epochs,
+            "begins_at_step": begin.step,
+            "workers": spec.scaling.num_workers,
+            "servers": spec.scaling.num_servers,
+            "cpus": spec.scaling.cpus,
+        }
+
+    def fit(self) -> Result:
+        """Train, or continue the run of this name; returns when the last step is committed and saved.
+
+        Raises InputError (bad input), RunError (an actor died; DivergedError: a step was not finite), and
+        Interrupted after Ctrl-C or SIGTERM; the run can then be continued by the same call.
+        """
+        tables, _ = self._open()
+        storage = self._storage
+        with storage.lock():
+            # Once more: another process may have ended the run before the lock was ours.
+            begin = beginning(storage, self.spec, tables, self.fresh)
+            if self.fresh:
+                clear(storage)
+            plan = (
+                None if begin.checkpoint is None else plan_from_manifest(self.spec, tables, begin.checkpoint.manifest)
+            )
+            for line in (*tables.train.describe(), *begin.notes):
+                self.report.say(line)
+            if plan is not None and _complete(begin, plan):
+                self.report.say(f"nothing to do: {storage.uri} has reached step {begin.step:,}")
+                return self._result()
+            if plan is not None:
+                self.report.say(f"continuing {storage.uri} at step {begin.step:,} (attempt {begin.attempt})")
+            self._attempt(tables, begin, plan)
+            return self._result()
+
+    @cached_property
+    def _storage(self) -> Storage:
+        assert self.spec.run.name is not None
+        return Storage.open(self.spec.run.storage_path).child(self.spec.run.name)
+
+    def _open(self) -> tuple[Tables, Beginning]:
+        tables = open_tables(self.spec)
+        return tables, beginning(self._storage, self.spec, tables, self.fresh)
+
+    def _attempt(self, tables: Tables, begin: Beginning, plan: Plan | None) -> None:
+        """Run one attempt; whatever happens is in status.json before it is raised."""
+        keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
+        try:
+            with session(self.spec.scaling.cpus, self.spec.run.address) as cluster, _sigterm_interrupts():
+                for line in cluster.notes:
+                    self.report.say(line)
+                self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
+                keeper.move("running")
+                # Our own cluster has room by construction: there only the start of processes can take long.
+                gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
+                try:
+                    self._train(gang, tables, begin, plan, keeper)
+                finally:
+                    gang.close()
+        except KeyboardInterrupt as error:
+            code = getattr(error, "exit_code", 130)
+            keeper.move("interrupted", exit_code=code, message="interrupted; the same command continues")
+            raise Interrupted(code) from None
+        except BaseException as error:
+            code = 2 if isinstance(error, InputError) else 1
+            message = str(error) if isinstance(error, RaysgdError) else repr(error)
+            keeper.move("failed", exit_code=code, message=message)
+            raise
+        finally:
+            self.report.close()
+        self._draw()
+
+    def _train(self, gang: Gang, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper) -> None:
+        gang.place()
+        if plan is None:
+            plan, notes = self._new_plan(gang, tables)
+            for line in notes:
+                self.report.say(line)
+        for line in plan.describe():
+            self.report.say(line)
+        keeper.move("running", total_steps=plan.total_steps)
+        with MetricsLog(self._storage) as log:
+            log.rewind(begin.step, validated=bool(begin.scores))
+            attempt = Attempt(
+                plan, self._storage, self.report, self._curve(log, begin, plan), gang, begin.attempt, keeper.saved
+            )
+            attempt.scores = begin.scores
+            generation = None if begin.checkpoint is None else begin.checkpoint.generation
+            attempt.begin(generation)
+            if generation is not None:
+                generation.release()  # the servers have it
+            try:
+                attempt.run()
+            except KeyboardInterrupt:
+                self.report.say("interrupted: writing a checkpoint")
+                attempt.halt()
+                raise
+        keeper.move("succeeded" if attempt.step == plan.total_steps else "stopped", step=attempt.step)
+
+    def _new_plan(self, gang: Gang, tables: Tables) -> tuple[Plan, list[str]]:
+        """The statistics pass, shared out over the workers, and the plan that follows from it."""
+        self.report.say(f"reading the statistics of {counted(tables.train.n_rows, 'row')}")
+        shares = gang.shares(len(tables.train.shards))
+        vocabularies = not hash_bits(self.spec)
+        pairs = zip(gang.workers, shares, strict=True)
+        calls = [w.statistics.remote(tables.train, share, vocabularies) for w, share in pairs]
+        found = gather(calls, "the statistics pass", lambda: None)
+        return plan_from_statistics(self.spec, tables, [s for share in found for s in share])
+
+    def _curve(self, log: MetricsLog, begin: Beginning, plan: Plan) -> Curve:
+        every = self.spec.run.log_every
+        steps = plan.steps_per_epoch
+        return Curve(
+            log,
+            step=begin.step,
+            begun=None if begin.checkpoint is None else begin.checkpoint.manifest.get("curve"),
+            log_every=max(1, steps // LINES_PER_EPOCH) if every is None else steps_in(every, steps),
+            steps_per_epoch=steps,
+            rows_per_epoch=plan.sampler.n_rows,
+            batch_size=self.spec.train.batch_size,
+            mean_weight=plan.mean_weight,
+        )
+
+    def _draw(self) -> None:
+        """The loss curve beside the metrics; a run does not fail for want of a drawing library."""
+        try:
+            picture = loss_curve({str(self.spec.run.name): metrics_log.read(self._storage)})
+        except InputError as error:
+            self.report.say(f"no picture of the loss curve: {error}")
+            return
+        self._storage.write_atomic("loss.png", picture)
+
+    def _result(self) -> Result:
+        last = checkpoints.load(self._storage, "last")
+        history = metrics_log.read(self._storage)
+        metrics = dict(last.manifest.get("metrics", {}))
+        trained = next((line for line in reversed(history) if line["kind"] == "train"), None)
+        if trained is not None:
+            metrics["train_loss"] = trained["loss"]
+        standing = status.read(self._storage)
+        stopped = standing is not None and standing.total_steps is not None and last.step < standing.total_steps
+        return Result(metrics, last.path, self._storage.uri, last.digest(), last.step, stopped, history)
+
+
+def _complete(begin: Beginning, plan: Plan) -> bool:
+    """Whether nothing is left to do: the last step is saved, and was validated where there is data for it."""
+    validated = bool(begin.scores) or plan.tables.validation is None
+    return begin.step > plan.end_step or (begin.step == plan.end_step and validated)
+
+
+class _Keeper:
+    """Writes status.json at every change."""
+
+    def __init__(self, storage: Storage, first: Status) -> None:
+        self.storage = storage
+        self.status = first
+
+    def move(self, state: status.State, **changes: Any) -> None:
+        self.status = status.write(self.storage, self.status.moved(state, **changes))
+
+    def saved(self, step: int, digest: str) -> None:
+        """A checkpoint of ``step`` is published."""
+        self.move("running", step=step, digest=digest)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, with exit code 143; only the main thread can be told.
+
+    Ray's core turns what a signal handler raises into a plain KeyboardInterrupt, so the handler notes that it was told.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    code = 130
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal code
+        code = 143
+        raise Interrupted(code)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

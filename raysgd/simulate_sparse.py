@@ -1,0 +1,73 @@
+"""Sparse shards and clients under the same hostile network: :mod:`raysgd.simulate` for hashed models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from raysgd.learn.models.hashed import BoundHashed
+from raysgd.protocol.generation import Generation
+from raysgd.protocol.membership import Assignment
+from raysgd.protocol.sparse import Sparse, SparsePartial
+from raysgd.protocol.sparse_client import SparseClient, SparseCompute, Touch
+from raysgd.protocol.sparse_compute import Touched, sparse_sums, touch
+from raysgd.protocol.sparse_shard import SparseShard, make_sparse_shard
+from raysgd.simulate import Faults, Outcome, Problem, _Simulation, _Worker
+
+
+def simulate_sparse(
+    problem: Problem,
+    until: int,
+    *,
+    n_workers: int = 1,
+    n_servers: int = 1,
+    faults: Faults | None = None,
+    start: Generation | None = None,
+) -> Outcome:
+    """As :func:`~raysgd.simulate.simulate`, for a problem whose learner is a :class:`BoundHashed`."""
+    faults = faults or Faults(retry=0.0, in_order=True)
+    return _Sparse(problem, until, n_workers=n_workers, n_servers=n_servers, faults=faults, start=start).run()
+
+
+class _Sparse(_Simulation):
+    LOCAL = (Touch, SparseCompute)
+
+    @property
+    def learner(self) -> BoundHashed:
+        assert isinstance(self.problem.learner, BoundHashed)
+        return self.problem.learner
+
+    def make_shards(self, whole: Generation) -> list[Any]:
+        shards: list[SparseShard] = []
+        for i, span in enumerate(self.spans):
+            n_virtual, seed, generation = self.problem.n_virtual, self.problem.seed, whole.cut(span)
+            shards.append(
+                make_sparse_shard(
+                    i, self.problem.rule, span, self.learner, n_virtual=n_virtual, seed=seed, generation=generation
+                )
+            )
+        return shards
+
+    def make_client(self, assignment: Assignment, start: int) -> SparseClient:
+        return SparseClient(assignment, self.problem.n_virtual, self.spans, start=start, until=self.until)
+
+    def tell(self, shard: int) -> None:
+        """Sparse shards have nothing to say to one another: the norm of the gradient is not limited."""
+
+    def compute(self, worker: _Worker, content: Touch | SparseCompute) -> list[Any]:
+        touched: Touched = touch(self.learner, content.step, content.nodes, self.problem.batch)
+        if isinstance(content, Touch):
+            return list(worker.client.touched(content.step, touched.ids))
+        sums = sparse_sums(self.learner, touched, content.values, content.nodes)
+        if worker.zombie:
+            sums = [_garbage(s) for s in sums]
+        return list(worker.client.computed(content.step, sums))
+
+
+def _garbage(partial: SparsePartial) -> SparsePartial:
+    """What a process pushes whose memory is no longer its own."""
+    vector = partial.vector
+    if vector is not None:
+        vector = Sparse(vector.ids, vector.values + np.float32(1.0))
+    return SparsePartial(vector, partial.loss + 1.0, partial.rows)

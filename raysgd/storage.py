@@ -1,0 +1,234 @@
+"""Where a run is written: a directory on any pyarrow filesystem, local or an object store.
+
+Names are relative to the directory and never leave it. What is read back is bytes or text: nothing is executed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from raysgd.errors import InputError
+
+#: Stores without directories: nothing is created before a put.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+
+#: The file of a local directory that :meth:`Storage.lock` locks.
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A directory ``base`` on ``filesystem``; it need not exist before the first write.
+
+    filesystem: any pyarrow.fs.FileSystem
+    base: the directory's path on it
+    uri: how a user would write it: an absolute local path, or a URI
+
+    >>> Storage.open("/runs").child("flights").uri
+    '/runs/flights'
+    """
+
+    filesystem: Any
+    base: str
+    uri: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.uri:
+            scheme = "" if self.is_local else f"{self.filesystem.type_name}://"
+            object.__setattr__(self, "uri", scheme + self.base)
+
+    @classmethod
+    def open(cls, path_or_uri: str | os.PathLike[str]) -> Storage:
+        """The directory at a local path (relative to the current directory) or a URI such as ``s3://bucket/runs``.
+
+        Raises InputError where the URI names no filesystem that pyarrow knows.
+        """
+        text = os.fspath(path_or_uri)
+        if "://" not in text:
+            return cls(LocalFileSystem(), os.path.abspath(os.path.expanduser(text)))
+        try:
+            filesystem, base = FileSystem.from_uri(text)
+        except (ArrowInvalid, OSError, ValueError) as error:
+            raise InputError(f"{text} names no storage that can be opened: {error}") from None
+        if not base.strip("/") and not isinstance(filesystem, LocalFileSystem):
+            raise InputError(f"{text} names no bucket and no directory: write it as scheme://bucket/directory")
+        return cls(filesystem, base.rstrip("/"), base if isinstance(filesystem, LocalFileSystem) else text)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a directory of this machine (or of a mounted file system)."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def child(self, name: str) -> Storage:
+        """The directory ``name`` in this one."""
+        place, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Storage(self.filesystem, self.path(name), f"{place.rstrip('/')}/{name}{mark}{query}")
+
+    def path(self, name: str = "") -> str:
+        """The path of ``name`` on the filesystem.
+
+        Raises InputError where it would leave this directory: names can come from a stored file.
+
+        >>> Storage.open("/runs").path("../secrets")
+        Traceback (most recent call last):
+            ...
+        raysgd.errors.InputError: '../secrets' leaves the directory /runs; names must be relative, without '..'
+        """
+        if not name:
+            return self.base
+        parts = name.replace("\\", "/").split("/")
+        if "\0" in name or ".." in parts or "" in parts or "." in parts or ":" in parts[0]:
+            raise InputError(f"{name!r} leaves the directory {self.uri}; names must be relative, without '..'")
+        return f"{self.base}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        path = self.path(name)
+        if self.is_local:
+            return Path(path).read_bytes()
+        with self.filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """Replaces the file: a reader, also after a crash, sees the old bytes or the new ones, never a mixture.
+
+        Local: a temporary file, fsync, rename, fsync of the directory. Object stores: one put.
+        """
+        path = self.path(name)
+        if self.is_local:
+            _replace_local(Path(path), data)
+            return
+        if self.filesystem.type_name not in _OBJECT_STORES:
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def append(self, name: str, text: str) -> None:
+        """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file."""
+        if not self.is_local:
+            old = self.read(name) if self.exists(name) else b""
+            self.write_atomic(name, old + text.encode())
+            return
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(text.encode())
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is a file or a directory of that name."""
+        return bool(self.filesystem.get_file_info(self.path(name)).type != FileType.NotFound)
+
+    def list_dirs(self, name: str = "") -> list[str]:
+        """The names of the directories in ``name``, sorted; [] where there is no such directory."""
+        return self._list(name, FileType.Directory)
+
+    def list_files(self, name: str = "") -> list[str]:
+        """The names of the files in ``name``, sorted; [] where there is no such directory."""
+        return self._list(name, FileType.File)
+
+    def _list(self, name: str, kind: Any) -> list[str]:
+        selector = FileSelector(self.path(name), recursive=False, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == kind)
+
+    def delete_dir(self, name: str) -> None:
+        """Deletes a directory and all in it; nothing happens where there is none."""
+        path = self.path(name)
+        if self.is_local:
+            shutil.rmtree(path, ignore_errors=not os.path.lexists(path))
+            _sync_directory(Path(path).parent)
+        elif self.exists(name):
+            self.filesystem.delete_dir(path)
+
+    def refuse_unwritable(self) -> None:
+        """Raises InputError where a local directory can neither be written nor created; writes nothing."""
+        if not self.is_local:
+            return
+        place = Path(self.base)
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            what = "cannot be written" if place.is_dir() else "is no directory"
+            raise InputError(f"{self.uri} cannot be used: {place} {what}; choose another storage path")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing this directory, for the duration of the block.
+
+        A lock of the operating system, so it goes with the process; object stores have none, and nothing happens.
+        Raises InputError where another process holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        path = Path(self.path(LOCK))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise InputError(f"{self.uri} cannot be written: {error.strerror}; choose another storage path") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.uri} is in use: another process is training this run") from None
+            yield
+
+    def delete_file(self, name: str) -> None:
+        """Deletes a file; nothing happens where there is none."""
+        if self.exists(name):
+            self.filesystem.delete_file(self.path(name))
+
+    def rename_dir(self, old: str, new: str) -> None:
+        """Gives a directory another name. ``new`` must not exist.
+
+        Atomic and durable on a local directory only: an object store copies file by file, so what must appear
+        at once there is published by writing one file last.
+        """
+        source, target = self.path(old), self.path(new)
+        if self.exists(new):
+            raise FileExistsError(f"{self.uri}/{new} exists already")
+        if not self.is_local:
+            self.filesystem.move(source, target)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+        _sync_directory(Path(target).parent)
+
+
+def _replace_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name is ours alone, so two writers never share a temporary file; a leading dot hides it from listings.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a rename in this directory survive a power cut."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,113 @@
+"""``ray job submit`` to a local Ray with its job server returns 0 exactly when the run succeeded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray_runs import ROOT, Marked, one_process_digests, spec_of, status_of, wait_for, write_table
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+
+
+@dataclass(frozen=True)
+class JobServer:
+    """A head with a job server, and a directory as a user would submit it: the package, the job, a TOML file."""
+
+    address: str
+    working_dir: Path
+    storage: Path
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+        environment = {**os.environ, "RAY_ADDRESS": self.address}
+        return subprocess.run(
+            command, cwd=self.working_dir, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    place = write_table(tmp_path_factory.mktemp("jobs") / "data")
+    working_dir = place / "submitted"
+    shutil.copytree(ROOT / "raysgd", working_dir / "raysgd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "jobs", working_dir / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (place / "run.toml").read_text().replace('"train"', f'"{place}/train"')
+    (working_dir / "jobs" / "run.toml").write_text(text.replace('"valid.parquet"', f'"{place}/valid.parquet"'))
+    temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
+    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    head = Marked(
+        [*RAY, "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={temp_dir}", *options,
+         "--include-dashboard=true", "--object-store-memory=100000000"],
+        place,
+        {"PATH": path, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""},
+    )  # fmt: skip
+    server = JobServer(f"http://127.0.0.1:{ports['dashboard-port']}", working_dir, place / "runs")
+    try:
+        wait_for("the job server", lambda: _answers(server.address), timeout=90)
+        yield server
+    finally:
+        head.end()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _answers(address: str) -> bool:
+    """Whether it takes jobs; it listens a while before it does."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(address).submit_job(entrypoint="true")
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
+
+
+def test_success(jobs: JobServer) -> None:
+    words = ["jobs/run.toml", "--storage-path", str(jobs.storage), "--num-workers", "2", "--name", "good"]
+    done = jobs.submit(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = status_of(jobs.storage / "good")
+    assert (status["state"], status["exit_code"]) == ("succeeded", 0)
+    assert status["digest"] == one_process_digests(spec_of(jobs.working_dir.parent), [40])[40]
+
+
+def test_failure(jobs: JobServer) -> None:
+    """A run that diverges fails the job, and the run's own code says how."""
+    words = ["jobs/run.toml", "--storage-path", str(jobs.storage), "--name", "bad"]
+    sets = {"model.type": "linear_regression", "optimizer.momentum": 0.0, "optimizer.learning_rate": 30.0}
+    done = jobs.submit(*words, *[word for key, value in sets.items() for word in ("--set", f"{key}={value}")])
+    assert done.returncode == 1, done.stdout + done.stderr
+    status = status_of(jobs.storage / "bad")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "diverged" in status["message"]
+    assert status["message"] in done.stdout + done.stderr
+
+
+def test_a_storage_path_inside_the_working_directory_is_refused(jobs: JobServer) -> None:
+    """The TOML file says "runs", beside itself: that directory goes with the job."""
+    done = jobs.submit("jobs/run.toml")
+    assert done.returncode != 0
+    printed = done.stdout + done.stderr
+    assert "run.storage_path must not lie in a Ray job's working directory" in printed
+    assert "give an absolute path outside of it or a URI (--storage-path)" in printed

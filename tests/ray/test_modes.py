@@ -1,0 +1,87 @@
+"""Local steps, clipping and staleness on real Ray: the same bytes where promised, the loss of BSP elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_runs import curve, one_process_digests, spec_of, status_of, write_table
+
+from raysgd import cli
+from raysgd.report.progress import Silent
+from raysgd.runtime import attempt
+from raysgd.runtime.trainer import Result, Trainer
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_table(tmp_path_factory.mktemp("modes") / "runs")
+
+
+@pytest.fixture(params=["memory", "calls"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Shared memory, or actor calls as between nodes without relays."""
+    if request.param == "calls":
+        monkeypatch.setattr(attempt, "same_node", lambda _site, _boards: None)
+    return str(request.param)
+
+
+def fit(place: Path, name: str, workers: int, servers: int, **settings: Any) -> Result:
+    spec = spec_of(place, run__name=name, scaling__num_workers=workers, scaling__num_servers=servers, **settings)
+    return Trainer.from_spec(spec, report=Silent(), fresh=True).fit()
+
+
+@pytest.mark.parametrize("settings", [{"train__local_steps": 3}, {"train__clip_norm": 0.1}], ids=["local", "clip"])
+def test_the_bytes_are_those_of_one_process(place: Path, way: str, settings: dict[str, Any]) -> None:
+    [want] = one_process_digests(spec_of(place, **settings), [40]).values()
+    for workers, servers in [(1, 2), (3, 3)]:
+        result = fit(place, f"{way}-{next(iter(settings))}-{workers}", workers, servers, **settings)
+        assert (result.step, result.digest) == (40, want)
+
+
+@pytest.mark.parametrize("staleness", [2, inf])
+def test_with_staleness_the_loss_is_that_of_bsp(place: Path, way: str, staleness: float) -> None:
+    bsp = fit(place, "bsp", 1, 1)
+    result = fit(place, f"{way}-{staleness}", 3, 2, train__staleness=staleness)
+    assert result.step == 40
+    assert result.metrics["valid_loss"] == pytest.approx(bsp.metrics["valid_loss"], abs=0.01)
+    trained = [line for line in result.history if line["kind"] == "train"]
+    assert trained[-1]["rows"] == 2 * 613
+
+
+def test_local_steps_stop_and_go_on_at_the_end_of_a_round(place: Path) -> None:
+    """stop_after_steps = 10 is inside a round of 4: the run stops at 12, and the rest is as if it had not."""
+    settings: dict[str, Any] = {"train__local_steps": 4, "run__validate_every": 7, "run__checkpoint_every": 9}
+    whole = fit(place, "whole", 2, 1, **settings)
+    spec = spec_of(place, run__name="parts", scaling__num_workers=2, **settings)
+    stopped = Trainer.from_spec(replace(spec, run=replace(spec.run, stop_after_steps=10)), report=Silent()).fit()
+    assert (stopped.step, stopped.stopped) == (12, True)
+    assert Trainer.from_spec(spec, report=Silent()).fit().digest == whole.digest
+    assert curve(place / "runs" / "parts") == curve(place / "runs" / "whole")
+    assert [line["step"] for line in whole.history if line["kind"] == "validation"] == [0, 8, 16, 24, 28, 36, 40]
+
+
+def test_a_stale_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", str(place / "run.toml"), "--name", "stale", "-q", "--set", "train.staleness=inf"]
+    words += ["--set", "run.checkpoint_every=10", "--set", "scaling.num_workers=2"]
+    train_to = attempt.Attempt._train_to
+
+    def interrupted(self: attempt.Attempt, until: int) -> None:
+        if until > 20:
+            raise KeyboardInterrupt
+        train_to(self, until)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attempt.Attempt, "_train_to", interrupted)
+        assert cli.main(words) == 130
+    run = place / "runs" / "stale"
+    assert (status_of(run)["state"], status_of(run)["step"]) == ("interrupted", 20)
+    assert cli.main(words) == 0
+    assert (status_of(run)["state"], status_of(run)["step"]) == ("succeeded", 40)

@@ -1,0 +1,27 @@
+"""Two Ray nodes on this machine until SIGTERM: ``python two_raylets.py TEMP_DIR HEAD_CPUS SECOND_CPUS``.
+
+Prints the cluster's address when both are there.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from ray.cluster_utils import Cluster
+
+
+def main(temp_dir: str, head_cpus: int, second_cpus: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    common = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "temp_dir": temp_dir, **common})
+    try:
+        cluster.add_node(num_cpus=second_cpus, object_store_memory=128 * 2**20)
+        print(f"address={cluster.address}", flush=True)
+        signal.sigwait([signal.SIGTERM])
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
