@@ -23,6 +23,13 @@ class Generation:
     def copy(self) -> Generation:
         return Generation(self.step, self.params.copy(), {k: v.copy() for k, v in self.state.items()})
 
+    def take(self, other: Generation) -> None:
+        """Become a copy of another of the same size, in the memory that is here."""
+        self.step = other.step
+        self.params[...] = other.params
+        for slot, array in other.state.items():
+            self.state[slot][...] = array
+
     def cut(self, span: Range) -> Generation:
         """A copy of one shard's part of a whole generation."""
         return Generation(self.step, self.params[span.slice], {k: v[span.slice] for k, v in self.state.items()}).copy()

@@ -1,11 +1,25 @@
-"""Who carries which virtual worker, and the incarnation number that fences those who no longer do."""
+"""Who carries which virtual worker: a state machine over joins and losses, and the incarnations that fence the past.
+
+    joined | left | silent | draining | committed ──Membership.handle──▶ Assign | Start | Kill | Wait | Fail
+
+Pure: events in, decisions out; the driver carries them out. :class:`Assign` means: raise the incarnations at every
+server shard, await that, read the clocks, and start each worker where those of its run stand. Nothing else is needed to
+go on exactly.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 from raysgd.learn.parameters import Range
+
+#: seconds before a replacement that follows the second loss without progress; doubled at each further one
+BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
+
+#: workers that hang in one step before the step is to blame
+HANGS_IN_ONE_STEP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +36,86 @@ class Assignment:
         return self.incarnations[node.begin - begin : node.end - begin]
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker is up and can carry virtual workers. node: the name of its node, None where it is unknown."""
+
+    worker: int
+    node: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A worker's process is dead: known, not suspected. why: for people."""
+
+    worker: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """A worker answers nothing and gains no CPU time. step: committed so far;  seconds: for how long"""
+
+    worker: int
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """A worker's node will go: it hands over while it can, and no failure is charged."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The run has reached ``step``: losses before it are forgotten."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """From now on exactly these workers carry all virtual workers."""
+
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Ask the cluster for ``count`` more workers, not before ``after_s`` seconds from now."""
+
+    count: int
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Make a worker's death true; :class:`Left` follows."""
+
+    worker: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nobody can carry the virtual workers: wait for one to join."""
+
+    living: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """End the run. why: for people"""
+
+    why: str
+
+
+Event: TypeAlias = Joined | Left | Silent | Draining | Committed
+Decision: TypeAlias = Assign | Start | Kill | Wait | Fail
+
+
 def deal(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
     """``n_virtual`` virtual workers as ``n_workers`` contiguous runs that differ by at most one.
 
@@ -34,10 +128,41 @@ def deal(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
 
 
 class Membership:
-    """The current incarnation of every virtual worker; raised at each assignment, never lowered."""
+    """The living workers and the current incarnation of every virtual worker, which is only ever raised.
 
-    def __init__(self, n_virtual: int) -> None:
+    n_virtual: virtual workers;  least, most: workers to begin with, and to carry them at once
+    max_failures: losses without progress that are borne; -1: any number
+    """
+
+    def __init__(self, n_virtual: int, least: int = 1, most: int | None = None, max_failures: int = -1) -> None:
+        self.n_virtual = n_virtual
+        self.least, self.most = least, min(n_virtual, least if most is None else most)
+        self.max_failures = max_failures
         self.incarnations = [0] * n_virtual
+        #: by worker, in the order in which they are neighbours: its node
+        self.living: dict[int, str | None] = {}
+        self.assignments: tuple[Assignment, ...] = ()
+        #: losses since the last progress
+        self.failures = 0
+        self._draining: set[int] = set()
+        self._killed: dict[int, str] = {}
+        self._begun = False
+        #: the step at hand, and how many hung in it
+        self._step, self._hung = 0, 0
+
+    def handle(self, event: Event) -> list[Decision]:
+        """Take one event; what concerns no living worker changes nothing."""
+        if isinstance(event, Committed):
+            return self._committed(event.step)
+        if isinstance(event, Joined):
+            return self._joined(event)
+        if event.worker not in self.living:
+            return []
+        if isinstance(event, Left):
+            return self._left(event)
+        if isinstance(event, Silent):
+            return self._silent(event)
+        return self._drains(event.worker)
 
     def assign(self, worker: int, run: Range) -> Assignment:
         """Give ``run`` to ``worker`` under fresh incarnations.
@@ -47,3 +172,64 @@ class Membership:
         fresh = max(self.incarnations[run.slice]) + 1
         self.incarnations[run.slice] = [fresh] * len(run)
         return Assignment(worker, run, (fresh,) * len(run))
+
+    def refence(self) -> list[Decision]:
+        """The same workers once more, under fresh incarnations: after a server was replaced."""
+        return self._deal()
+
+    def _joined(self, event: Joined) -> list[Decision]:
+        if event.worker in self.living:
+            return []
+        self.living[event.worker] = event.node
+        if not self._begun and len(self.living) < self.least:
+            return []
+        self._begun = True
+        return self._deal()
+
+    def _left(self, event: Left) -> list[Decision]:
+        del self.living[event.worker]
+        charged = event.worker not in self._draining
+        why = self._killed.pop(event.worker, event.why)
+        self._draining.discard(event.worker)
+        self.failures += charged
+        if 0 <= self.max_failures < self.failures:
+            borne = f"{self.max_failures} are borne" if self.max_failures else "none is borne (failure.max_failures)"
+            return [Fail(f"worker {event.worker} was lost: {why}; losses without progress: {self.failures}, {borne}")]
+        after = min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
+        carried = any(a.worker == event.worker for a in self.assignments)
+        return [Start(1, after), *(self._deal() if carried else [])]
+
+    def _silent(self, event: Silent) -> list[Decision]:
+        if event.worker in self._killed:
+            return []
+        why = f"it hung for {event.seconds:.1f} s in step {event.step}: no answer, and no CPU time"
+        self._killed[event.worker] = why
+        if event.step != self._step:
+            self._step, self._hung = event.step, 0
+        self._hung += 1
+        if self._hung >= HANGS_IN_ONE_STEP:
+            return [Fail(f"step {event.step} hangs: {self._hung} workers in a row hung in it, last {event.worker}")]
+        return [Kill(event.worker, why)]
+
+    def _drains(self, worker: int) -> list[Decision]:
+        if worker in self._draining:
+            return []
+        self._draining.add(worker)
+        return self._deal()
+
+    def _committed(self, step: int) -> list[Decision]:
+        if step > self._step:
+            self.failures, self._hung, self._step = 0, 0, step
+        return []
+
+    def _deal(self) -> list[Decision]:
+        """All virtual workers to those who stay, neighbours by node; to those who go where nobody stays."""
+        staying = [w for w in self.living if w not in self._draining] or list(self.living)
+        if not staying or not self._begun:
+            self.assignments = ()
+            return [Wait(len(staying))] if self._begun else []
+        nodes = list(dict.fromkeys(self.living[w] for w in staying))
+        carriers = sorted(staying, key=lambda w: nodes.index(self.living[w]))[: self.most]
+        runs = deal(self.n_virtual, len(carriers))
+        self.assignments = tuple(self.assign(worker, run) for worker, run in zip(carriers, runs, strict=True))
+        return [Assign(self.assignments)]

@@ -46,20 +46,26 @@ class ServerShard(Gate[TreeSum]):
         width: int = 1,
         consistency: Consistency | None = None,
         buffers: Sequence[Float32] | None = None,
+        state: Sequence[dict[str, Float32]] | None = None,
         on_write: Callable[[int], None] | None = None,
+        previous: Generation | None = None,
+        commits: Sequence[Commit] = (),
     ) -> None:
-        """Begin at ``generation``.
+        """Begin at ``generation``; the successor of a shard that died also at the one before, where that was whole.
 
         buffers: where parameters are kept, ``BUFFERS`` of (len(shard),) float32; :attr:`sequence` says which
+        state: the same for the optimizer's state
         on_write: called with a sequence number before its buffer is written to
         n_shards, width: of the whole model, for the gradient's norm
+        commits: what the one that died had committed and not told
         """
         super().__init__(index, n_virtual, TreeSum(n_virtual), generation.step, consistency)
+        self.commits += commits
         self.rule = rule
         self.n_shards = n_shards
         self.update = Update(rule, penalized, width)
         self._on_write = on_write
-        self._generations = self._allocate(generation, buffers)
+        self._generations = self._allocate(generation, previous, buffers, state)
         self._cells = [self.update.cells(g) for g in self._generations]
         #: generations written so far, the first included, begun at the step it is of; the newest lies at its remainder
         self.sequence = generation.step
@@ -69,17 +75,23 @@ class ServerShard(Gate[TreeSum]):
         self._norms: dict[int, Float64] = {}
         self._last_norms: tuple[int, Float64] | None = None
 
-    def _allocate(self, generation: Generation, buffers: Sequence[Float32] | None) -> list[Generation]:
-        """The generations to write in turn; that of ``generation`` holds it."""
+    def _allocate(
+        self,
+        generation: Generation,
+        previous: Generation | None,
+        buffers: Sequence[Float32] | None,
+        state: Sequence[dict[str, Float32]] | None,
+    ) -> list[Generation]:
+        """The generations to write in turn; those of ``generation`` and of ``previous`` hold them."""
         count = self.BUFFERS
         made = [generation.copy() for _ in range(count)]
         for i, g in enumerate(made):
-            if buffers is not None:
-                g.params = buffers[i]
-            if i != generation.step % count:
-                g.step = -1  # scratch
-            else:
-                g.params[...] = generation.params
+            g.step = -1  # scratch
+            g.params = g.params if buffers is None else buffers[i]
+            g.state = g.state if state is None else state[i]
+        for given in (previous, generation):
+            if given is not None:
+                made[given.step % count].take(given)
         return made
 
     @property

@@ -13,8 +13,8 @@ Three buffers of parameters: a reader that has begun to copy the newest has a wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Commit, Tagged
@@ -47,11 +47,9 @@ class StaleShard(ServerShard):
 
     BUFFERS = 3
 
-    _rounds: dict[int, _Round]
-
-    def _allocate(self, generation: Generation, buffers: Sequence[Float32] | None) -> list[Generation]:
-        self._rounds = {}
-        return super()._allocate(generation, buffers)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._rounds: dict[int, _Round] = {}
 
     @property
     def version(self) -> int:
