@@ -160,7 +160,7 @@ class Plan:
         The generation's steps become rounds, as the protocol counts. None: version 0, which sparse shards make
         themselves.
         """
-        layout, spans = self.learner.layout, self.spans()
+        spans = self.spans()
         if isinstance(self.learner, BoundHashed):
             return [
                 partial(
@@ -177,6 +177,17 @@ class Plan:
             ]
         generation = generation or self.initial()
         begin = replace(generation, step=self.rounds.at(generation.step))
+        makers = zip(self.successors(), spans, strict=True)
+        return [partial(make, generation=begin.cut(span)) for make, span in makers]
+
+    @property
+    def succeeds(self) -> bool:
+        """Whether a server's successor can go on from the memory that it left: where all shards keep whole versions."""
+        return self.consistency.exact and not self.sparse
+
+    def successors(self) -> list[Callable[..., ServerShard]]:
+        """What makes the state machine of each dense server shard, but for what it begins at; pickles."""
+        layout, spans = self.learner.layout, self.spans()
         return [
             partial(
                 shard_class(self.consistency),
@@ -184,7 +195,6 @@ class Plan:
                 self.rule,
                 layout.penalized(span),
                 n_virtual=self.spec.train.virtual_workers,
-                generation=begin.cut(span),
                 n_shards=len(spans),
                 width=block_width(layout.n_params),
                 consistency=self.consistency,

@@ -9,11 +9,14 @@ go on exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
+from raysgd.protocol.tree import pieces
 
 #: seconds before a replacement that follows the second loss without progress; doubled at each further one
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
@@ -34,6 +37,22 @@ class Assignment:
         """The incarnations of the virtual workers of ``node``, which lies inside the run."""
         begin = self.run.begin
         return self.incarnations[node.begin - begin : node.end - begin]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a worker is to carry: its assignment, the nodes that it pushes sums of, and the version it begins at."""
+
+    assignment: Assignment
+    nodes: tuple[Range, ...]
+    start: int
+
+    @classmethod
+    def at(cls, assignment: Assignment, n_virtual: int, clocks: Sequence[Int64]) -> Share:
+        """From the clocks (n_virtual,) of every server shard, read after the fence: the least that it must push."""
+        run = assignment.run
+        start = min(int(c[run.slice].min()) for c in clocks)
+        return cls(assignment, pieces(run, n_virtual, clocks), start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +192,14 @@ class Membership:
         self.incarnations[run.slice] = [fresh] * len(run)
         return Assignment(worker, run, (fresh,) * len(run))
 
+    def charge(self, why: str) -> list[Decision]:
+        """Count a loss against the budget; Fail where it is used up."""
+        self.failures += 1
+        if 0 <= self.max_failures < self.failures:
+            borne = f"{self.max_failures} are borne" if self.max_failures else "none is borne"
+            return [Fail(f"{why}; losses without progress: {self.failures}, {borne} (run.failure_config.max_failures)")]
+        return []
+
     def refence(self) -> list[Decision]:
         """The same workers once more, under fresh incarnations: after a server was replaced."""
         return self._deal()
@@ -191,10 +218,8 @@ class Membership:
         charged = event.worker not in self._draining
         why = self._killed.pop(event.worker, event.why)
         self._draining.discard(event.worker)
-        self.failures += charged
-        if 0 <= self.max_failures < self.failures:
-            borne = f"{self.max_failures} are borne" if self.max_failures else "none is borne (failure.max_failures)"
-            return [Fail(f"worker {event.worker} was lost: {why}; losses without progress: {self.failures}, {borne}")]
+        if charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):
+            return failed
         after = min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
         carried = any(a.worker == event.worker for a in self.assignments)
         return [Start(1, after), *(self._deal() if carried else [])]

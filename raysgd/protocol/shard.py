@@ -83,12 +83,13 @@ class ServerShard(Gate[TreeSum]):
         state: Sequence[dict[str, Float32]] | None,
     ) -> list[Generation]:
         """The generations to write in turn; those of ``generation`` and of ``previous`` hold them."""
-        count = self.BUFFERS
-        made = [generation.copy() for _ in range(count)]
-        for i, g in enumerate(made):
-            g.step = -1  # scratch
-            g.params = g.params if buffers is None else buffers[i]
-            g.state = g.state if state is None else state[i]
+        count, made = self.BUFFERS, []
+        for i in range(count):
+            params = np.empty_like(generation.params) if buffers is None else buffers[i]
+            empty = (
+                {slot: np.empty_like(array) for slot, array in generation.state.items()} if state is None else state[i]
+            )
+            made.append(Generation(-1, params, empty))  # of no step: scratch
         for given in (previous, generation):
             if given is not None:
                 made[given.step % count].take(given)
@@ -98,6 +99,11 @@ class ServerShard(Gate[TreeSum]):
     def version(self) -> int:
         """The newest sealed version."""
         return self._newest.step
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether the version before the newest is whole."""
+        return self._previous.step >= 0
 
     @property
     def _newest(self) -> Generation:

@@ -3,13 +3,14 @@
     train to the next boundary (workers run their own loops) ─▶ validate? ─▶ checkpoint? ─▶ next segment
 
 A boundary is a multiple of ``validate_every`` or ``checkpoint_every``, or the end. During a segment the driver only
-watches: it reads the commits of server shard 0 for the loss curve, and ends the attempt when an actor dies.
+watches: it reads the commits of server shard 0 for the loss curve. Who trains is the crew's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -22,12 +23,11 @@ from raysgd.learn.parameters import Range
 from raysgd.learn.schedules import next_multiple
 from raysgd.plan import Plan
 from raysgd.protocol.generation import Generation, join
-from raysgd.protocol.membership import Assignment, Membership, deal
 from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
-from raysgd.runtime.gang import Gang, call, gather, same_node
-from raysgd.runtime.report import LoopReport
-from raysgd.runtime.worker import Task
+from raysgd.runtime.calls import call
+from raysgd.runtime.crew import Crew
+from raysgd.runtime.gang import Gang
 from raysgd.storage import Storage
 
 #: coordinates of a sparse model that are read from a server at a time
@@ -48,45 +48,18 @@ class Attempt:
     step: int = 0
     #: validation metrics by step
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
-    assignments: list[Assignment] = field(default_factory=list)
     #: bytes of ids and values that the workers of a sparse model pulled and pushed, in so many steps
     moved: int = 0
     trained: int = 0
 
     def begin(self, generation: Generation | None) -> None:
         """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
-        plan, gang = self.plan, self.gang
         self.step = 0 if generation is None else generation.step
-        gang.begin(plan.shards(generation), plan.spans(), plan.buffers)
-        task = Task(
-            plan.learner,
-            plan.encoder,
-            plan.tables.train,
-            plan.tables.validation,
-            plan.sampler,
-            plan.spec.train.virtual_workers,
-            plan.spans(),
-            self.plan.end_step,
-            plan.spec.scaling.cache_bytes,
-            plan.consistency,
-            plan.local,
-        )
-        if plan.consistency.exact and not plan.sparse:  # relays copy whole vectors
-            gang.relay(plan.spans(), plan.spec.train.virtual_workers, plan.rounds.at(self.step))
-        boards = [same_node(site, gang.reachable(i)) for i, site in enumerate(gang.sites)]
-        prepared = [
-            w.prepare.remote(task, gang.servers, boards[i], gang.readers(i)) for i, w in enumerate(gang.workers)
-        ]
-        call(prepared, "preparing the workers")
-        membership = Membership(plan.spec.train.virtual_workers)
-        runs = deal(plan.spec.train.virtual_workers, len(gang.workers))
-        self.assignments = [membership.assign(worker, run) for worker, run in enumerate(runs)]
-        fences = [s.fence.remote(a.run, a.incarnations[0]) for s in gang.servers for a in self.assignments]
-        call(fences, "fencing")
-        connected = [w.connect.remote(a) for w, a in zip(gang.workers, self.assignments, strict=True)]
-        sharing = sum(call(connected, "connecting the workers"))
-        if sharing < len(gang.workers):
-            self.report.say(f"{sharing} of {len(gang.workers)} workers share memory on their node")
+        self.crew.begin(self.plan.shards(generation))
+
+    @cached_property
+    def crew(self) -> Crew:
+        return Crew(self.gang, self.plan, lambda: self.curve.step, self.report.say)
 
     def run(self) -> None:
         """Train to the end, with validation and checkpoints on the way."""
@@ -116,10 +89,7 @@ class Attempt:
     def validate(self) -> None:
         """Score the validation data at the version that was just reached, shared out over the workers."""
         assert self.plan.tables.validation is not None
-        shares = self.gang.shares(len(self.plan.tables.validation.shards))
-        version = self.plan.rounds.at(self.step)
-        calls = [w.score.remote(version, share) for w, share in zip(self.gang.workers, shares, strict=True)]
-        scored = gather(calls, "validation", self._watch)
+        scored = self.crew.score(self.plan.rounds.at(self.step), len(self.plan.tables.validation.shards))
         metrics = combine([block for blocks, _ in scored for block in blocks])
         unseen = sum(count for _, count in scored)
         if unseen:
@@ -142,18 +112,18 @@ class Attempt:
 
     def _snapshot(self, version: int) -> Generation:
         """Parameters and state of all servers at a version; of a sparse model in parts, so that there is one copy."""
-        servers, reading = self.gang.servers, "reading the servers' state"
+        gang, reading = self.gang, "reading the servers' state"
         if not self.plan.sparse:
-            return join(call([s.snapshot.remote(version) for s in servers], reading))
+            return join(self.crew.call(lambda: [s.snapshot.remote(version) for s in gang.server_actors], reading))
         n_params = self.plan.learner.layout.n_params
         slots = self.plan.spec.optimizer.slots
         whole = Generation(
             version, np.empty(n_params, np.float32), {slot: np.empty(n_params, np.float32) for slot in slots}
         )
-        for server, span in zip(servers, self.plan.spans(), strict=True):
+        for server, span in zip(gang.server_actors, self.plan.spans(), strict=True):
             for begin in range(0, len(span), PART):
                 part = Range(begin, min(begin + PART, len(span)))
-                found = call([server.part.remote(version, part)], reading)[0]
+                found = self.crew.call(lambda s=server, p=part: [s.part.remote(version, p)], reading)[0]  # type: ignore[misc]
                 into = whole.block(slice(span.begin + part.begin, span.begin + part.end))
                 into.params[...] = found.params
                 for slot in slots:
@@ -167,7 +137,7 @@ class Attempt:
         Not where staleness is allowed: there a shard holds parts of many steps, and only at the end of a segment, when
         all workers have met, is it a version. Such a run goes back to its last checkpoint.
         """
-        frozen = min(call([s.freeze.remote() for s in self.gang.servers], "freezing the servers", timeout=5.0))
+        frozen = min(call([s.freeze.remote() for s in self.gang.server_actors], "freezing the servers", timeout=5.0))
         committed = self.plan.rounds.begin(frozen)
         if not self.plan.consistency.exact and committed != self.step:
             self.report.say(f"staleness is allowed: the run continues from its last checkpoint, not from {committed:,}")
@@ -205,8 +175,7 @@ class Attempt:
     def _train_to(self, until: int) -> None:
         self.curve.resume()
         begin, end = self.plan.rounds.at(self.step), self.plan.rounds.at(until)
-        calls = [w.run.remote(a, begin, end) for w, a in zip(self.gang.workers, self.assignments, strict=True)]
-        ended: list[LoopReport] = gather(calls, f"training steps {self.step} to {until}", self._watch)
+        ended = self.crew.run(begin, end, self._read_commits)
         self._read_commits(below=until)
         for report in ended:
             if report.done.reason == "diverged":
@@ -219,14 +188,10 @@ class Attempt:
                 )
         self.moved += sum(report.moved for report in ended)
         self.trained += until - self.step
-        for worker, report in enumerate(ended):
+        for report in ended:
             if report.done.reason != "reached":
-                raise RunError(f"worker {worker} ended at step {report.done.step}: {report.done.reason}")
+                raise RunError(f"a worker ended at step {report.done.step}: {report.done.reason}")
         self.step = until
-
-    def _watch(self) -> None:
-        self.gang.check_servers()
-        self._read_commits()
 
     def _read_commits(self, below: int | None = None) -> None:
         """Take shard 0's new commits of steps below ``below`` into the curve.
@@ -236,8 +201,10 @@ class Attempt:
         """
         before, rounds = self.curve.step, self.plan.rounds
         since = rounds.at(before)
-        commits = call([self.gang.servers[0].commits.remote(since)], "reading the commits of server 0")[0]
+        commits = call([self.gang.server_actors[0].commits.remote(since)], "reading the commits of server 0")[0]
         in_steps = [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
         self.curve.extend(in_steps[:-1] if below is None else [c for c in in_steps if c.step < below])
+        if self.curve.step > before:
+            self.crew.committed(self.curve.step)
         if self.curve.step > before and self.curve.recent is not None:
             self.report.train(self.curve.step, **self.curve.recent)

@@ -1,37 +1,52 @@
-"""The actors of one attempt: placed together, called with a time limit, and gone at the end."""
+"""The actors of one attempt: placed, called with a time limit, watched for signs of life, and gone at the end."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysgd.errors import InputError, RaysgdError, RunError
+from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
-from raysgd.runtime.place import by_node, relay_hosts
-from raysgd.runtime.server import ServerActor
+from raysgd.runtime.calls import WATCH_S, ActorLostError, call
+from raysgd.runtime.place import relay_hosts
+from raysgd.runtime.process import Process
+from raysgd.runtime.pulse import Pulse
+from raysgd.runtime.server import Place, ServerActor
 from raysgd.runtime.session import SINGLE_THREADED
 from raysgd.runtime.shared import BoardAddress
 from raysgd.runtime.worker import WorkerActor
 from raysgd.spec import ScalingConfig
 
-#: colours that Ray puts into tracebacks
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-#: no answer to a control call after this long is an error: nothing blocks for ever
-CALL_TIMEOUT_S = 120.0
-
-#: seconds between two looks at long calls
-WATCH_S = 0.25
+#: the CPUs reserved for one actor: the group, and the place in it
+Bundle: TypeAlias = tuple[PlacementGroup, int]
 
 
-#: a server's node, and where its parameters are shared there
-Place: TypeAlias = tuple[str | None, BoardAddress | None]
+@dataclass
+class Member:
+    """A worker or server actor. site: its node's name"""
+
+    actor: Any
+    process: Process
+    site: str | None
+    pulse: Pulse = field(default_factory=Pulse)
+
+    @property
+    def id(self) -> str:
+        return str(self.actor._actor_id.hex())
+
+
+@dataclass
+class Asked:
+    """A worker that Ray was asked for. ``ready``: its process and its node, when it is there"""
+
+    actor: Any
+    ready: list[Any]
 
 
 class Gang:
@@ -43,94 +58,231 @@ class Gang:
     def __init__(self, scaling: ScalingConfig, timeout_s: float | None = None) -> None:
         self.scaling = scaling
         self.timeout_s = scaling.placement_timeout_s if timeout_s is None else timeout_s
-        self.workers: list[Any] = []
-        self.servers: list[Any] = []
+        #: by number: the workers that are there, and those that were asked for
+        self.workers: dict[int, Member] = {}
+        self.asked: dict[int, Asked] = {}
+        self.servers: list[Member] = []
         #: each server's node, and where its parameters are shared
         self.boards: list[Place] = []
-        #: each worker's node
-        self.sites: list[str | None] = []
+        #: by node: a server that holds the memory of those there, to take the place of one of them
+        self.spares: dict[str, Member] = {}
+        self._coming: dict[str, Asked] = {}
         #: the worker that relays for a node, and where the parameters of far shards are on it
         self.relays: dict[str, tuple[int, dict[int, BoardAddress]]] = {}
         #: the CPUs reserved for each worker, then for each server, where there are several nodes: group and index in it
-        self.bundles: list[tuple[PlacementGroup, int]] = []
+        self.bundles: list[Bundle] = []
+        #: bundles of workers that nobody uses
+        self._free: list[Bundle] = []
+        self._bundle_of: dict[int, Bundle] = {}
+        self._numbers = 0
+        #: by when workers are asked for: how many
+        self._later: list[tuple[float, int]] = []
+
+    # -- placing
 
     def place(self) -> None:
-        """Start all actors, and wait until the cluster has placed them: spread over the nodes where there are several.
+        """Start the servers and the least number of workers, and wait until the cluster has placed them: spread over
+        the nodes where there are several. Ask for the other workers.
 
-        Raises InputError where the CPUs for all of them are not free, or not on nodes where they fit, within
-        ``timeout_s``.
+        Raises InputError where the CPUs for them are not free, or not on nodes where they fit, within ``timeout_s``.
         """
         deadline = time.monotonic() + self.timeout_s
         self._await_free(deadline)
         if sum("CPU" in node["Resources"] for node in ray.nodes() if node["Alive"]) > 1:
             self._reserve(deadline)
         scaling = self.scaling
-        workers = range(scaling.num_workers)
-        servers = range(scaling.num_workers, scaling.num_workers + scaling.num_servers)
-        self.workers = [WorkerActor.options(**self._options(scaling.worker_cpus, i)).remote() for i in workers]
-        self.servers = [ServerActor.options(**self._options(scaling.server_cpus, i)).remote() for i in servers]
-        self._await_placed(deadline)
+        least = scaling.least_workers
+        self._free = self.bundles[:least]
+        for _ in range(least):
+            self.ask_worker()
+        bundles: list[Bundle | None] = [*self.bundles[least:]] or [None] * scaling.num_servers
+        servers = [ServerActor.options(**self._options(scaling.server_cpus, b)).remote() for b in bundles]
+        self._await_placed(servers, deadline)
+        ready = call([ref for a in servers for ref in (a.process.remote(), a.site.remote())], "starting the servers")
+        self.servers = [Member(a, ready[2 * i], ready[2 * i + 1]) for i, a in enumerate(servers)]
+        for number in list(self.asked):
+            self._adopt(number)
+        for _ in range(scaling.most_workers - least):
+            self.ask_worker()
 
-    def begin(self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], buffers: int) -> None:
-        """Give each server the state machine of its shard, with ``buffers`` of parameters, and its peers; make the
-        workers of one node neighbours."""
-        begun = [s.begin.remote(make, span, buffers) for s, make, span in zip(self.servers, shards, spans, strict=True)]
+    def ask_worker(self) -> int:
+        """Ask Ray for one more worker; :meth:`joined` tells when it is there."""
+        number, self._numbers = self._numbers, self._numbers + 1
+        bundle = self._free.pop(0) if self._free else None
+        if bundle is not None:
+            self._bundle_of[number] = bundle
+        actor = WorkerActor.options(**self._options(self.scaling.worker_cpus, bundle)).remote()
+        self.asked[number] = Asked(actor, [actor.process.remote(), actor.site.remote()])
+        return number
+
+    def ask_workers(self, count: int, after_s: float) -> None:
+        """Ask for ``count`` workers, not before ``after_s`` seconds from now."""
+        self._later.append((time.monotonic() + after_s, count))
+
+    def joined(self) -> list[int]:
+        """The workers that have come since; asks for those whose time has come."""
+        now = time.monotonic()
+        due = [count for when, count in self._later if when <= now]
+        self._later = [(when, count) for when, count in self._later if when > now]
+        for _ in range(sum(due)):
+            self.ask_worker()
+        found = []
+        for number, asked in list(self.asked.items()):
+            done, _ = ray.wait(asked.ready, num_returns=len(asked.ready), timeout=0)
+            if len(done) == len(asked.ready):
+                found.append(self._adopt(number))
+        return found
+
+    def _adopt(self, number: int) -> int:
+        asked = self.asked.pop(number)
+        try:
+            process, site = call(asked.ready, "starting a worker")
+        except ActorLostError:  # died while it started: whoever counts losses is told as of any other
+            process, site = Process(0, ""), None
+        self.workers[number] = Member(asked.actor, process, site)
+        return number
+
+    # -- the servers
+
+    def begin(
+        self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], buffers: int, slots: tuple[str, ...]
+    ) -> None:
+        """Give each server the state machine of its shard, with ``buffers`` of parameters, and its peers."""
+        begun = [
+            s.actor.begin.remote(make, span, buffers, slots)
+            for s, make, span in zip(self.servers, shards, spans, strict=True)
+        ]
         self.boards = call(begun, "starting the servers")
-        call([s.meet.remote(self.servers) for s in self.servers], "starting the servers")
-        sites = call([w.site.remote() for w in self.workers], "locating the workers")
-        order = by_node(sites, [place for place, _ in self.boards])
-        self.workers, self.sites = [self.workers[i] for i in order], [sites[i] for i in order]
+        self.meet()
 
-    def relay(self, spans: Sequence[Range], n_virtual: int, version: int) -> None:
-        """On each node that has workers but lacks a server, have one worker stand in for it from ``version`` on."""
+    def meet(self) -> None:
+        """Make the servers know one another."""
+        actors = self.server_actors
+        call([a.meet.remote(actors) for a in actors], "starting the servers")
+
+    @property
+    def server_actors(self) -> list[Any]:
+        return [s.actor for s in self.servers]
+
+    def ask_spares(self) -> None:
+        """On every node with a server have one more, which holds the memory of those there; it asks for no CPU."""
+        for site in {s.site for s in self.servers if s.site is not None} - set(self.spares) - set(self._coming):
+            node = site.rpartition(" ")[2]
+            near = NodeAffinitySchedulingStrategy(node, soft=False)
+            options = {**self._options(0, None), "scheduling_strategy": near}
+            actor = ServerActor.options(**options).remote()
+            held = [a for place, a in self.boards if place == site]
+            self._coming[site] = Asked(actor, [actor.process.remote(), actor.hold.remote(held)])
+
+    def look_for_spares(self) -> None:
+        """Take in the spares that have come."""
+        for site, asked in list(self._coming.items()):
+            done, _ = ray.wait(asked.ready, num_returns=len(asked.ready), timeout=0)
+            if len(done) < len(asked.ready):
+                continue
+            del self._coming[site]
+            try:
+                self.spares[site] = Member(asked.actor, ray.get(asked.ready[0]), site)
+                ray.get(asked.ready[1])
+            except (ray.exceptions.RayError, RunError):  # without a spare a run goes back to its checkpoint
+                self.spares.pop(site, None)
+
+    def succeed(self, index: int, make: Callable[..., Any], span: Range) -> bool:
+        """Replace a dead server by its node's spare; False where there is none that holds its memory."""
+        dead, (site, address) = self.servers[index], self.boards[index]
+        self.bury(dead)
+        spare = self.spares.pop(site or "", None)
+        if spare is None or address is None:
+            return False
+        try:
+            self.boards[index] = call([spare.actor.succeed.remote(address, make, span)], f"replacing server {index}")[0]
+        except RunError:
+            ray.kill(spare.actor)
+            return False
+        self.servers[index] = spare
+        self.meet()
+        return True
+
+    # -- the ways between them
+
+    def relay(self, workers: Sequence[int], spans: Sequence[Range], n_virtual: int, version: int) -> None:
+        """On each node that has ``workers`` but lacks a server, have one stand in for it from ``version`` on."""
         begun = {}
-        for site, host in relay_hosts(self.sites, [place for place, _ in self.boards]).items():
+        sites = [self.workers[w].site for w in workers]
+        for site, host in relay_hosts(sites, [place for place, _ in self.boards]).items():
+            number = workers[host]
             far = {
-                i: s for i, (s, (place, _)) in enumerate(zip(self.servers, self.boards, strict=True)) if place != site
+                i: s.actor
+                for i, (s, (place, _)) in enumerate(zip(self.servers, self.boards, strict=True))
+                if place != site
             }
-            begun[site] = host, self.workers[host].relay_to.remote(far, spans, n_virtual, version)
+            begun[site] = number, self.workers[number].actor.relay_to.remote(far, spans, n_virtual, version)
         boards = call([ref for _, ref in begun.values()], "starting the relays")
         self.relays = {site: (host, at) for (site, (host, _)), at in zip(begun.items(), boards, strict=True)}
 
     def reachable(self, worker: int) -> list[Place]:
         """The servers' places as the worker sees them: those of other nodes are where its node's relay is."""
-        site = self.sites[worker]
+        site = self.workers[worker].site
         _, relayed = self.relays.get(site or "", (0, {}))
         return [(site, relayed[i]) if i in relayed else place for i, place in enumerate(self.boards)]
 
     def readers(self, worker: int) -> list[Any]:
         """The actors that read the worker's gradients from memory: its node's servers, and the worker that relays."""
-        site = self.sites[worker]
-        near = [s for s, (place, _) in zip(self.servers, self.boards, strict=True) if place == site]
+        site = self.workers[worker].site
+        near = [s.actor for s, (place, _) in zip(self.servers, self.boards, strict=True) if place == site]
         host = self.relays[site][0] if site in self.relays else worker
-        return near if host == worker else [*near, self.workers[host]]
+        return near if host == worker else [*near, self.workers[host].actor]
 
     def traffic(self) -> list[str]:
         """A line for each relay: what went between its node and others."""
-        calls = [self.workers[host].traffic.remote() for host, _ in self.relays.values()]
+        calls = [self.workers[host].actor.traffic.remote() for host, _ in self.relays.values()]
         return [traffic.describe() for traffic in call(calls, "counting the traffic") if traffic.nodes]
 
-    def shares(self, count: int) -> list[range]:
-        """``count`` things to do, shared out over the workers: contiguous, even to one."""
-        n = len(self.workers)
-        return [range(i * count // n, (i + 1) * count // n) for i in range(n)]
+    # -- the end
 
-    def check_servers(self) -> None:
-        """Raises RunError where a server has died: workers that share its memory cannot tell."""
-        for index, server in enumerate(self.servers):
-            call([server.pid.remote()], f"server {index}")
+    def lost(self, member: Member) -> None:
+        """Forget a worker whose death is believed; what was reserved for it serves the next."""
+        for number, worker in list(self.workers.items()):
+            if worker is member:
+                del self.workers[number]
+                if number in self._bundle_of:
+                    self._free.append(self._bundle_of.pop(number))
+        self.bury(member)
+
+    def bury(self, member: Member) -> None:
+        """Make a death true before it is believed: nothing shares memory with the process from here on.
+
+        By its pid, on its own node; Ray's kill of a process that was stopped returns at once, and the process lives.
+        Where nobody of its node answers the node itself is gone, and nobody there shares its memory.
+        """
+        ray.kill(member.actor)
+        for other in self.neighbours(member):
+            try:
+                if call([other.actor.kill.remote(member.process)], "ending a process", timeout=10.0)[0]:
+                    return
+            except RunError:
+                continue
+
+    def neighbours(self, member: Member) -> list[Member]:
+        """Other actors of the same node."""
+        everyone = [*self.servers, *self.spares.values(), *self.workers.values()]
+        return [m for m in everyone if m is not member and m.site is not None and m.site == member.site]
 
     def close(self) -> None:
-        for actor in [*self.workers, *self.servers]:
+        waiting = [a.actor for a in (*self.asked.values(), *self._coming.values())]
+        for actor in (*(m.actor for m in (*self.workers.values(), *self.servers, *self.spares.values())), *waiting):
             ray.kill(actor)
         for group in {group.id: group for group, _ in self.bundles}.values():
             remove_placement_group(group)
-        self.workers, self.servers, self.relays, self.bundles = [], [], {}, []
+        self.workers, self.servers, self.relays, self.bundles = {}, [], {}, []
+        self.asked, self._coming, self.spares = {}, {}, {}
 
-    def _options(self, cpus: float, actor: int) -> dict[str, Any]:
+    # -- what Ray is asked for
+
+    def _options(self, cpus: float, bundle: Bundle | None) -> dict[str, Any]:
         options: dict[str, Any] = {"num_cpus": cpus, "runtime_env": {"env_vars": SINGLE_THREADED}}
-        if self.bundles:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(*self.bundles[actor])
+        if bundle is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(*bundle)
         return options
 
     def _reserve(self, deadline: float) -> None:
@@ -140,7 +292,7 @@ class Gang:
         One by one the actors could block each other: a server on the node whose last CPU a worker would need.
         """
         scaling = self.scaling
-        workers, servers = [scaling.worker_cpus] * scaling.num_workers, [scaling.server_cpus] * scaling.num_servers
+        workers, servers = [scaling.worker_cpus] * scaling.least_workers, [scaling.server_cpus] * scaling.num_servers
         half = (time.monotonic() + deadline) / 2
         if self._grouped([workers, servers], "SPREAD", half) or self._grouped([workers + servers], "PACK", deadline):
             return
@@ -168,19 +320,21 @@ class Gang:
             if time.monotonic() >= deadline:
                 total = float(ray.cluster_resources().get("CPU", 0.0))
                 raise InputError(
-                    f"the run asks for {cpus:g} CPUs ({self.scaling.num_workers} workers, {self.scaling.num_servers} "
+                    f"the run asks for {cpus:g} CPUs ({self.scaling.least_workers} workers, {self.scaling.num_servers} "
                     f"servers); available within {self.timeout_s:g} s: {free:g} of {total:g} CPUs. "
                     "Ask for fewer, or wait until other jobs end"
                 )
             time.sleep(WATCH_S)
 
-    def _await_placed(self, deadline: float) -> None:
+    def _await_placed(self, servers: Sequence[Any], deadline: float) -> None:
         scaling = self.scaling
-        pids = [actor.pid.remote() for actor in (*self.workers, *self.servers)]
+        pids = [*(a.ready[0] for a in self.asked.values()), *(actor.process.remote() for actor in servers)]
         ready, pending = ray.wait(pids, num_returns=len(pids), timeout=max(0.0, deadline - time.monotonic()))
         if pending:
             free = float(ray.available_resources().get("CPU", 0.0))
             total = float(ray.cluster_resources().get("CPU", 0.0))
+            for actor in servers:
+                ray.kill(actor)
             raise InputError(
                 f"the cluster placed {len(ready)} of {len(pids)} actors within {self.timeout_s:g} s: "
                 f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}; available now: "
@@ -199,34 +353,12 @@ def same_node(site: str | None, boards: Sequence[Place]) -> list[BoardAddress] |
     return found if site is not None and len(found) == len(boards) else None
 
 
-def gather(refs: Sequence[Any], what: str, watch: Callable[[], None]) -> list[Any]:
-    """The results of long actor calls, in order; ``watch`` is called every quarter of a second and at each result.
+def shared_out(things: Mapping[int, Any] | Sequence[int], count: int) -> dict[int, range]:
+    """``count`` things to do, shared out over workers by number: contiguous, even to one.
 
-    Raises as :func:`call` does, at the first call that fails; there is no limit of time.
+    >>> shared_out([3, 7], 5)
+    {3: range(0, 2), 7: range(2, 5)}
     """
-    pending = list(refs)
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=WATCH_S)
-        for ref in done:
-            call([ref], f"{what}, worker {list(refs).index(ref)}")
-        watch()
-    return call(refs, what)
-
-
-def call(refs: Sequence[Any], what: str, timeout: float | None = None) -> list[Any]:
-    """The results of actor calls, in order.
-
-    Raises the actor's own RaysgdError as it was raised there; RunError, which names ``what``, where an actor died or
-    did not answer within ``timeout`` seconds (default 120).
-    """
-    limit = CALL_TIMEOUT_S if timeout is None else timeout
-    try:
-        return list(ray.get(list(refs), timeout=limit))
-    except ray.exceptions.GetTimeoutError as error:
-        raise RunError(f"{what}: no answer within {limit:g} s") from error
-    except ray.exceptions.RayActorError as error:
-        raise RunError(f"{what}: an actor died: {error}") from error
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaysgdError):
-            raise error.cause from None
-        raise RunError(f"{what}: {error.cause!r}\n{_ANSI.sub('', str(error))}") from error
+    numbers = list(things)
+    n = len(numbers)
+    return {number: range(i * count // n, (i + 1) * count // n) for i, number in enumerate(numbers)}

@@ -41,7 +41,7 @@ def guarded() -> Iterator[None]:
 
 def descendants(pid: int) -> set[int]:
     """The living children of a process, their children, and so on."""
-    parents = {int(p.name): _stat(int(p.name), 1) for p in Path("/proc").glob("[0-9]*")}
+    parents = {int(p.name): stat_field(int(p.name), 1) for p in Path("/proc").glob("[0-9]*")}
     found, new = set[int](), {pid}
     while new:
         new = {child for child, parent in parents.items() if parent is not None and int(parent) in new}
@@ -65,10 +65,10 @@ def watch(lines: Iterable[bytes]) -> None:
 
 def _started(pid: int) -> str | None:
     """When the process was started: tells it from a later one of the same pid."""
-    return _stat(pid, 19)
+    return stat_field(pid, 19)
 
 
-def _stat(pid: int, index: int) -> str | None:
+def stat_field(pid: int, index: int) -> str | None:
     """A field of /proc/PID/stat, counted from the state, which follows the name in parentheses; None: it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[index]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import select
 import signal
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+from raysgd.runtime.guard import stat_field
 
 PR_SET_PDEATHSIG = 1
 
@@ -17,3 +23,41 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of this machine, told from a later one of the same pid by when it was started."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def this(cls) -> Process:
+        return cls(os.getpid(), stat_field(os.getpid(), 19) or "")
+
+    def cpu_ticks(self) -> int | None:
+        """CPU time that it has used, in ticks of the system's clock; None: it is gone, or this system does not tell."""
+        user, system = stat_field(self.pid, 11), stat_field(self.pid, 12)
+        if user is None or system is None or stat_field(self.pid, 19) != self.started:
+            return None
+        return int(user) + int(system)
+
+    def kill(self, timeout_s: float = 5.0) -> bool:
+        """SIGKILL, and whether it is certain that the process is gone: a stopped one goes, too."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        except (AttributeError, OSError):  # not Linux: nobody shares memory there
+            return False
+        try:
+            if self.started and stat_field(self.pid, 19) != self.started:
+                return True
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            gone = select.poll()
+            gone.register(handle, select.POLLIN)
+            return bool(gone.poll(1e3 * timeout_s))
+        finally:
+            os.close(handle)

@@ -45,6 +45,7 @@ from raysgd.runtime.shared import (
     Slots,
     SlotsAddress,
 )
+from raysgd.runtime.transport import ServerLostError
 
 #: a call without an answer is said again after this long; servers answer within a second
 TIMEOUT_S = 30.0
@@ -246,7 +247,7 @@ class NodeRelay:
             far.again_at = time.monotonic() + PAUSE_S
             return
         if error is not None:
-            raise RunError(f"server {far.relay.index}, from another node: {error}") from error
+            raise ServerLostError(f"server {far.relay.index}, from another node: {error}") from error
         for request, reply in zip(requests, future.result(), strict=True):
             follows: list[Request] = []
             for said in far.relay.handle(request, reply):

@@ -6,15 +6,16 @@ Pushes come by actor calls from other nodes and through shared memory from this 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 
+from raysgd.errors import RunError
+from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
@@ -23,9 +24,12 @@ from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
 from raysgd.protocol.sparse_shard import SparseShard
 from raysgd.runtime.place import here
-from raysgd.runtime.process import die_with_parent
+from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.shared import Board, BoardAddress, SharedServer
 from raysgd.runtime.sparse_shared import SparseSharedServer
+
+#: a node's name, and where a server's parameters are shared there
+Place: TypeAlias = tuple[str | None, BoardAddress | None]
 
 #: a pull of a version that is not sealed yet is answered after this long at the latest; the worker asks again
 LONG_POLL_S = 1.0
@@ -45,13 +49,15 @@ class Server:
         self.waiting = 0
         self.shared: SharedServer | SparseSharedServer | None = None
         self.servers: Sequence[Any] = ()
+        #: boards of other servers of this node, mapped while those live, so that this one can succeed them
+        self.held: dict[BoardAddress, Board] = {}
 
     async def begin(
-        self, make: Callable[..., ServerShard | SparseShard], span: Range, buffers: int
-    ) -> tuple[str | None, BoardAddress | None]:
+        self, make: Callable[..., ServerShard | SparseShard], span: Range, buffers: int, slots: tuple[str, ...]
+    ) -> Place:
         """Build the state machine, here because arrays that come through Ray are read-only.
 
-        buffers: as many of parameters as it takes
+        buffers: as many of parameters as it takes;  slots: of optimizer state that are kept with them
 
         Returns the node's name, and where workers of the same node find the parameters.
         """
@@ -59,14 +65,54 @@ class Server:
         if here() is None:
             self.shard = make()
             return None, None
-        board = Board.create(len(span), buffers)
-        self.shard = make(buffers=board.params, on_write=partial(Board.announce, board))
+        board = Board.create(len(span), buffers, slots)
+        kept: dict[str, Any] = {"state": board.state} if slots else {}
+        self.shard = make(buffers=board.params, on_write=partial(Board.announce, board), **kept)
         serve = SparseSharedServer if isinstance(self.shard, SparseShard) else SharedServer
         self.shared = serve(self.shard, board, self.lock, self._advanced_in_thread)
         return here(), self.shared.address
 
-    async def pid(self) -> int:
-        return os.getpid()
+    async def hold(self, addresses: Sequence[BoardAddress]) -> None:
+        """Keep the memory of these servers of this node from going with them."""
+        self.held = {address: self.held.get(address) or Board.attach(address) for address in addresses}
+
+    async def succeed(self, address: BoardAddress, make: Callable[..., ServerShard], span: Range) -> Place:
+        """Take the place of a server that is dead: copy what its memory holds. Raises RunError where it is not held."""
+        if address not in self.held:
+            raise RunError("the memory of the server that died is not held here")
+        board = self.held.pop(address)
+        remains = board.survives()
+        make = partial(make, generation=remains.newest, previous=remains.previous, commits=remains.commits)
+        return await self.begin(make, span, address.buffers, address.slots)
+
+    async def beat(self) -> None:
+        """A sign of life."""
+
+    async def process(self) -> Process:
+        return Process.this()
+
+    async def cpu_ticks(self, process: Process) -> int | None:
+        """CPU time of a process of this node."""
+        return process.cpu_ticks()
+
+    async def kill(self, process: Process) -> bool:
+        """Make the death of a process of this node true; whether it is."""
+        return process.kill()
+
+    async def site(self) -> str | None:
+        """The name of this node."""
+        return here()
+
+    async def regroup(self) -> None:
+        """Forget the workers whose slots are read: others are attached next."""
+        if self.shared is not None:
+            self.shared.forget_workers()
+
+    async def clocks(self) -> Int64:
+        """(n_virtual,) steps committed of each virtual worker."""
+        with self.lock:
+            found: Int64 = self.shard.clocks.steps.copy()
+        return found
 
     async def meet(self, servers: Sequence[Any]) -> None:
         """Get to know all servers, by shard: where the gradient's norm is limited they tell each other theirs."""

@@ -25,6 +25,8 @@ import numpy as np
 
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Range
+from raysgd.protocol.gate import Commit
+from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Pulled, Push, PushReply, Reply, Request, Verdict
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.tree import Partial
@@ -38,8 +40,16 @@ NEWEST, SEQUENCE, WRITING, FROZEN, DIVERGED = range(ASLEEP + 1, ASLEEP + 6)
 
 VERDICTS = tuple(Verdict)
 
+#: commits that a board keeps, and the numbers of each: step, loss, rows, learning rate, staleness
+RECORDS, RECORD = 8192, 5
+
 #: words of a slot before those of each shard
 STEP, ROWS, LOSS, PRESENT, BY_SHARD = range(5)
+
+
+def never() -> bool:
+    """Nobody has asked to stop."""
+    return False
 
 
 def aligned(count: int) -> int:
@@ -49,29 +59,47 @@ def aligned(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BoardAddress:
-    """What a worker needs to follow one server shard."""
+    """What a worker needs to follow one server shard, and a successor to take over from it.
+
+    slots: names of the arrays of the optimizer's state that lie there, too
+    """
 
     segment: Address
     bell: bytes
     size: int
     buffers: int = 2
+    slots: tuple[str, ...] = ()
 
 
 class Board:
-    """A server shard's parameters where its node can see them."""
+    """A server shard's generations where its node can see them; what of it outlives the server's process.
 
-    def __init__(self, segment: Segment, size: int, buffers: int) -> None:
-        self.segment = segment
+    params: one (size,) float32 a buffer;  state: each slot, the same
+    """
+
+    def __init__(self, segment: Segment, size: int, buffers: int, slots: tuple[str, ...] = ()) -> None:
+        self.segment, self.slots = segment, slots
         self.words = segment.words
-        self.params = tuple(segment.floats(i * aligned(size), size) for i in range(buffers))
+        self.records = segment.doubles(RECORDS * RECORD)
+        first, stride = self._records_bytes(), aligned(size)
+        arrays = [segment.floats(first + i * stride, size) for i in range(buffers * (1 + len(slots)))]
+        self.params = tuple(arrays[:buffers])
+        self.state = tuple(
+            {slot: arrays[(1 + k) * buffers + i] for k, slot in enumerate(slots)} for i in range(buffers)
+        )
+
+    @staticmethod
+    def _records_bytes() -> int:
+        return aligned(2 * RECORDS * RECORD)
 
     @classmethod
-    def create(cls, size: int, buffers: int = 2) -> Board:
-        return cls(Segment.create(buffers * aligned(size)), size, buffers)
+    def create(cls, size: int, buffers: int = 2, slots: tuple[str, ...] = ()) -> Board:
+        arrays = buffers * (1 + len(slots)) * aligned(size)
+        return cls(Segment.create(cls._records_bytes() + arrays), size, buffers, slots)
 
     @classmethod
     def attach(cls, address: BoardAddress) -> Board:
-        return cls(Segment.attach(address.segment), address.size, address.buffers)
+        return cls(Segment.attach(address.segment), address.size, address.buffers, address.slots)
 
     def announce(self, sequence: int) -> None:
         """The buffer of ``sequence`` is about to be written to."""
@@ -91,6 +119,49 @@ class Board:
         sequence = words[SEQUENCE]
         np.copyto(out, self.at(sequence))
         return version if words[WRITING] < sequence + len(self.params) else None
+
+    def record(self, commits: Sequence[Commit], since: int) -> int:
+        """Note the commits of steps >= ``since``, before the version that they are in; the step that comes next."""
+        for commit in reversed(commits):
+            if commit.step < since:
+                break
+            at = commit.step % RECORDS * RECORD
+            self.records[at] = -1.0  # while it is half-written it is of no step
+            self.records[at + 1] = commit.loss
+            self.records[at + 2] = commit.rows
+            self.records[at + 3] = commit.rate
+            self.records[at + 4] = commit.staleness
+            self.records[at] = commit.step
+        return commits[-1].step + 1 if commits else since
+
+    def survives(self) -> Remains:
+        """What a successor finds after the death of the server: call it when nobody writes any more."""
+        words = self.words
+        version, sequence = words[NEWEST], words[SEQUENCE]
+        newest = Generation(version, self.at(sequence), self.state[sequence % len(self.state)])
+        previous = None
+        if words[WRITING] <= sequence:  # else the buffer of the version before was being written over
+            before = sequence - 1
+            previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
+        found = []
+        for step in range(max(0, version - RECORDS), version):
+            at = step % RECORDS * RECORD
+            if self.records[at] == step:
+                _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
+                found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
+        return Remains(newest, previous, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What is left of a server in its board: views.
+
+    commits: the newest, without who took part in them
+    """
+
+    newest: Generation
+    previous: Generation | None
+    commits: list[Commit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +229,7 @@ class SharedMemory:
         timeout_s: float = 30.0,
     ) -> None:
         self.nodes, self.spans, self.exact, self.timeout_s = nodes, spans, exact, timeout_s
+        self.stopped = never
         self._index = {node: k for k, node in enumerate(nodes)}
         self._boards = [Board.attach(address) for address in boards]
         self._bells = [address.bell for address in boards]
@@ -196,6 +268,8 @@ class SharedMemory:
             if now > deadline:
                 return None
             if not self._bell.wait(RESCAN_S, self._answered):
+                if self.stopped():
+                    break
                 replies += self._refusals()
             replies += self._replies()
         return replies
@@ -316,6 +390,9 @@ class SharedServer:
         #: where, in a slot's words, this shard's verdict is
         self._verdict_at = 0
         self._closed = False
+        #: the first step whose commit is not recorded on the board
+        self._recorded = 0
+        board.announce(shard.sequence if shard.has_previous else shard.sequence + 1)
         self.publish()
         self._thread = threading.Thread(target=self._serve, name="raysgd-shared-server", daemon=True)
         self._thread.start()
@@ -323,7 +400,9 @@ class SharedServer:
     @property
     def address(self) -> BoardAddress:
         board = self.board
-        return BoardAddress(board.segment.address, self._bell.name, len(board.params[0]), len(board.params))
+        return BoardAddress(
+            board.segment.address, self._bell.name, len(board.params[0]), len(board.params), board.slots
+        )
 
     def attach(self, address: SlotsAddress, span: Range) -> None:
         """From now on read this worker's slots."""
@@ -338,9 +417,16 @@ class SharedServer:
             for ring, heads in enumerate(self._heads):
                 heads += [(slots.words, slots.at(ring, k)) for k in range(len(address.nodes))]
 
+    def forget_workers(self) -> None:
+        """Read nobody's slots any more, until others are attached."""
+        with self.lock:
+            self._workers, self._nodes, self._incarnations = [], [], []
+            self._stands, self._heads = (-1, False), ([], [])
+
     def publish(self) -> None:
         """Tell the node how the shard stands: the newest version last. The caller holds the lock."""
         words, shard = self.board.words, self.shard
+        self._recorded = self.board.record(shard.commits, self._recorded)
         words[FROZEN] = shard.frozen
         words[DIVERGED] = -1 if shard.diverged is None else shard.diverged
         words[SEQUENCE] = shard.sequence

@@ -35,6 +35,8 @@ def sparse_loop(
     touched: Touched | None = None
     requests, local = _sorted(client.begin())
     while client.done is None:
+        if transport.stopped():
+            return LoopReport(Done("stopped", client.step), rows, compute_s, wait_s, moved)
         began = time.perf_counter()
         if requests or local is None:
             replies = transport.exchange(requests, wait=local is None)

@@ -50,6 +50,7 @@ from raysgd.runtime.shared import (
     Board,
     BoardAddress,
     aligned,
+    never,
 )
 
 
@@ -124,6 +125,7 @@ class SparseSharedMemory:
         timeout_s: float = 30.0,
     ) -> None:
         self.nodes, self.spans, self.timeout_s, self._call = nodes, spans, timeout_s, call
+        self.stopped = never
         self._index = {node: k for k, node in enumerate(nodes)}
         self._boards = [Board.attach(address) for address in boards]
         self._bells = [address.bell for address in boards]
@@ -158,6 +160,8 @@ class SparseSharedMemory:
             if time.monotonic() > deadline:
                 return None
             if not self._bell.wait(RESCAN_S, self._answered):
+                if self.stopped():
+                    break
                 replies += self._refusals()
             replies += self._replies()
         return replies
@@ -262,6 +266,11 @@ class SparseSharedServer:
         slots = SparseSlots(segment, len(address.nodes), address.capacity, address.n_shards)
         with self.lock:
             self._workers.append((address, slots))
+
+    def forget_workers(self) -> None:
+        """Read nobody's slots any more, until others are attached."""
+        with self.lock:
+            self._workers = []
 
     def publish(self) -> None:
         """Tell the node how the shard stands: the newest version last. The caller holds the lock."""

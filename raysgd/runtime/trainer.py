@@ -16,7 +16,7 @@ from raysgd import checkpoint as checkpoints
 from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.data.sampler import Sampler
-from raysgd.errors import InputError, Interrupted, RaysgdError
+from raysgd.errors import InputError, Interrupted, RaysgdError, RunError
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -29,7 +29,9 @@ from raysgd.report.progress import Report, report_to
 from raysgd.report.status import Status
 from raysgd.resume import Beginning, beginning, clear
 from raysgd.runtime.attempt import Attempt
-from raysgd.runtime.gang import Gang, gather
+from raysgd.runtime.calls import ActorLostError, gather
+from raysgd.runtime.crew import RollBackError
+from raysgd.runtime.gang import Gang, shared_out
 from raysgd.runtime.session import session
 from raysgd.spec import RunConfig, RunSpec, ScalingConfig, TrainConfig
 from raysgd.storage import Storage
@@ -200,11 +202,12 @@ class Trainer:
                 self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
                 keeper.move("running")
                 # Our own cluster has room by construction: there only the start of processes can take long.
-                gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
-                try:
-                    self._train(gang, tables, begin, plan, keeper)
-                finally:
-                    gang.close()
+                timeout_s = START_TIMEOUT_S if cluster.started else None
+                losses = 0
+                while (lost := self._lives(timeout_s, tables, begin, plan, keeper)) is not None:
+                    again = beginning(self._storage, self.spec, tables, fresh=False)
+                    losses = 1 if again.step > begin.step else losses + 1
+                    begin, plan = self._back(again, tables, begin, losses, lost)
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", 130)
             keeper.move("interrupted", exit_code=code, message="interrupted; the same command continues")
@@ -217,6 +220,33 @@ class Trainer:
         finally:
             self.report.close()
         self._draw()
+
+    def _lives(
+        self, timeout_s: float | None, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper
+    ) -> RunError | None:
+        """Train with a gang of actors, until the end (None), or until so much is lost that others must begin anew."""
+        gang = Gang(self.spec.scaling, timeout_s)
+        try:
+            self._train(gang, tables, begin, plan, keeper)
+        except (RollBackError, ActorLostError) as error:
+            return error
+        finally:
+            gang.close()
+        return None
+
+    def _back(
+        self, again: Beginning, tables: Tables, before: Beginning, losses: int, lost: RunError
+    ) -> tuple[Beginning, Plan | None]:
+        """Where to begin after a loss: at the newest checkpoint. Raises RunError where too much was lost in vain."""
+        borne = self.spec.run.failure_config.max_failures
+        if 0 <= borne < losses:
+            raise RunError(
+                f"{lost}; losses without progress: {losses}, borne: {borne} (run.failure_config.max_failures)"
+            )
+        self.report.say(f"{lost}; all go back to step {again.step:,}, and on from there to the same bytes")
+        found = again.checkpoint
+        plan = None if found is None else plan_from_manifest(self.spec, tables, found.manifest)
+        return replace(again, attempt=before.attempt), plan
 
     def _train(self, gang: Gang, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper) -> None:
         gang.place()
@@ -248,10 +278,12 @@ class Trainer:
     def _new_plan(self, gang: Gang, tables: Tables) -> tuple[Plan, list[str]]:
         """The statistics pass, shared out over the workers, and the plan that follows from it."""
         self.report.say(f"reading the statistics of {counted(tables.train.n_rows, 'row')}")
-        shares = gang.shares(len(tables.train.shards))
+        shares = shared_out(gang.workers, len(tables.train.shards))
         vocabularies = not hash_bits(self.spec)
-        pairs = zip(gang.workers, shares, strict=True)
-        calls = [w.statistics.remote(tables.train, share, vocabularies) for w, share in pairs]
+        calls = [
+            gang.workers[number].actor.statistics.remote(tables.train, share, vocabularies)
+            for number, share in shares.items()
+        ]
         found = gather(calls, "the statistics pass", lambda: None)
         return plan_from_statistics(self.spec, tables, [s for share in found for s in share])
 

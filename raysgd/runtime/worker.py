@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -25,13 +24,12 @@ from raysgd.learn.parameters import Range
 from raysgd.protocol.client import Client, Compute, Done, Instruction
 from raysgd.protocol.compute import LocalSteps, subtree_sums
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.membership import Assignment
+from raysgd.protocol.membership import Assignment, Share
 from raysgd.protocol.messages import Request
 from raysgd.protocol.sparse import SparsePull, SparseReply
 from raysgd.protocol.sparse_client import SparseClient
-from raysgd.protocol.tree import cover
 from raysgd.runtime.place import here
-from raysgd.runtime.process import die_with_parent
+from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.relay import NodeRelay, Traffic, actor_calls
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.shared import BoardAddress, SharedMemory, SlotsAddress
@@ -39,6 +37,13 @@ from raysgd.runtime.sparse_loop import scores_at, sparse_loop
 from raysgd.runtime.sparse_shared import SparseSharedMemory
 from raysgd.runtime.transport import ActorCalls, Transport
 from raysgd.scoring import score_rows, score_shard
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def control(method: F) -> F:
+    """A method of an actor that is answered also while ``run`` is running, by a thread of its own."""
+    return cast(F, ray.method(concurrency_group="control")(method))
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,14 @@ def train_loop(
     """Carry out the client's instructions until it is done.
 
     Requests go out before a gradient is computed, and answers that are there by then are taken first; without a
-    gradient to compute the worker waits.
+    gradient to compute the worker waits. Where the transport was stopped the loop ends before the next step.
     """
     rows, compute_s, wait_s = 0, 0.0, 0.0
     scratch: list[Float32] = []
     requests, compute = _sorted(client.begin())
     while client.done is None:
+        if transport.stopped():
+            return LoopReport(Done("stopped", client.step), rows, compute_s, wait_s)
         began = time.perf_counter()
         if requests or compute is None:
             replies = transport.exchange(requests, wait=compute is None)
@@ -115,9 +122,32 @@ class Worker:
         self.loader: Loader | None = None
         self.loaded: Range | None = None
         self.params: tuple[int, Float32] | None = None
+        #: calls of ``run`` up to this number are to end
+        self.stop_at = -1
+        self.call = 0
 
-    def pid(self) -> int:
-        return os.getpid()
+    @control
+    def stop(self, call: int) -> None:
+        """End the calls of :meth:`run` up to this number, those that have not begun included."""
+        self.stop_at = max(self.stop_at, call)
+
+    @control
+    def beat(self) -> None:
+        """A sign of life, also while ``run`` is running."""
+
+    @control
+    def process(self) -> Process:
+        return Process.this()
+
+    @control
+    def cpu_ticks(self, process: Process) -> int | None:
+        """CPU time of a process of this node."""
+        return process.cpu_ticks()
+
+    @control
+    def kill(self, process: Process) -> bool:
+        """Make the death of a process of this node true; whether it is."""
+        return process.kill()
 
     def statistics(self, dataset: Dataset, shards: Sequence[int], vocabularies: bool = True) -> list[ShardStatistics]:
         """One pass over these data shards."""
@@ -156,33 +186,41 @@ class Worker:
         """Get ready to run. ``boards``: where the parameters are, if on this node; ``readers``: who attaches slots."""
         self.task, self.servers, self.boards, self.readers = task, servers, boards, readers
 
-    def connect(self, assignment: Assignment) -> bool:
+    def connect(self, share: Share) -> bool:
         """Open the way to the servers; whether it is shared memory."""
-        return not isinstance(self._transport(assignment), ActorCalls)
+        return not isinstance(self._transport(share), ActorCalls)
 
-    def run(self, assignment: Assignment, start: int, until: int) -> LoopReport:
-        """Train the assignment's virtual workers from version ``start`` until ``until`` is committed everywhere; both
-        count rounds."""
+    def run(self, share: Share, until: int, call: int = 0) -> LoopReport:
+        """Train the share's virtual workers until version ``until`` is committed everywhere; versions count rounds.
+
+        call: the number of this call, for :meth:`stop`
+        """
         assert self.task is not None
         if self.relay is not None:
-            self.relay.ask(start)
-        task = self.task
+            self.relay.ask(share.start)
+        task, self.call = self.task, call
         if isinstance(task.learner, BoundHashed):
-            return self._run_sparse(task, task.learner, assignment, start, until)
-        client = Client(assignment, task.n_virtual, task.spans, start=start, until=until, consistency=task.consistency)
-        loader = self._loader(assignment.run)
-        report = train_loop(client, self._transport(assignment), task.learner, loader.batch, task.local)
+            return self._run_sparse(task, task.learner, share, until)
+        client = Client(
+            share.assignment,
+            task.n_virtual,
+            task.spans,
+            start=share.start,
+            until=until,
+            consistency=task.consistency,
+            nodes=share.nodes,
+        )
+        loader = self._loader(share.assignment.run)
+        report = train_loop(client, self._transport(share), task.learner, loader.batch, task.local)
         if self.relay is not None:
             self.relay.check()
         if report.done.reason == "reached":
             self.params = (until, client.params)
         return report
 
-    def _run_sparse(
-        self, task: Task, learner: BoundHashed, assignment: Assignment, start: int, until: int
-    ) -> LoopReport:
-        client = SparseClient(assignment, task.n_virtual, task.spans, start=start, until=until)
-        return sparse_loop(client, self._transport(assignment), learner, self._loader(assignment.run).batch)
+    def _run_sparse(self, task: Task, learner: BoundHashed, share: Share, until: int) -> LoopReport:
+        client = SparseClient(share.assignment, task.n_virtual, task.spans, start=share.start, until=until)
+        return sparse_loop(client, self._transport(share), learner, self._loader(share.assignment.run).batch)
 
     def score(self, version: int, shards: Sequence[int]) -> tuple[list[BlockScore], int]:
         """Scores of validation shards at the version where the last ``run`` ended, and how many categories were
@@ -205,25 +243,29 @@ class Worker:
             self.loader.close()
             self.loader = None
 
-    def _transport(self, assignment: Assignment) -> Any:
+    def _stopped(self) -> bool:
+        return self.call <= self.stop_at
+
+    def _transport(self, share: Share) -> Any:
         """The way to the servers for this assignment; a new assignment gets fresh memory."""
-        if self.transport is not None and self.transport[0] == assignment:
+        if self.transport is not None and self.transport[0] == share.assignment:
             return self.transport[1]
         if self.transport is not None:
             self.transport[1].close()
-        transport = self._shared(assignment) or ActorCalls(self.servers)
-        self.transport = (assignment, transport)
+            self.transport = None
+        transport = self._shared(share) or ActorCalls(self.servers)
+        transport.stopped = self._stopped
+        self.transport = (share.assignment, transport)
         return transport
 
-    def _shared(self, assignment: Assignment) -> Any:
+    def _shared(self, share: Share) -> Any:
         """Shared memory, where the servers are on this node and the system lets processes share it."""
         if self.boards is None:
             return None
         assert self.task is not None
-        nodes = cover(assignment.run, self.task.n_virtual)
-        incarnations = tuple(assignment.incarnations_of(node) for node in nodes)
+        incarnations = tuple(share.assignment.incarnations_of(node) for node in share.nodes)
         try:
-            shared = self._memory(self.task, self.boards, nodes, incarnations)
+            shared = self._memory(self.task, self.boards, share.nodes, incarnations)
             ray.get([reader.attach.remote(shared.address) for reader in self.readers], timeout=30.0)
             if self.relay is not None and isinstance(shared, SharedMemory):
                 self.relay.attach(shared.address)
@@ -263,4 +305,5 @@ class Worker:
         return self.loader
 
 
-WorkerActor = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
+#: ``run`` takes one thread; what must be answered meanwhile has another
+WorkerActor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(Worker)

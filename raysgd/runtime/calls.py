@@ -1,0 +1,81 @@
+"""Calls of actors that end: with results, with the actor's own error, or with the name of who is lost."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from raysgd.errors import RaysgdError, RunError
+
+#: colours that Ray puts into tracebacks
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+#: no answer to a control call after this long is an error: nothing blocks for ever
+CALL_TIMEOUT_S = 120.0
+
+#: seconds between two looks at who is alive, while calls are awaited
+WATCH_S = 0.25
+
+
+class ActorLostError(RunError):
+    """An actor is dead, or Ray cannot reach it. actor: its id in hex, None where Ray does not say"""
+
+    def __init__(self, message: str, actor: str | None = None) -> None:
+        self.actor = actor
+        super().__init__(message, actor)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def call(
+    refs: Sequence[Any], what: str, timeout: float | None = None, watch: Callable[[], None] | None = None
+) -> list[Any]:
+    """The results of actor calls, in order; ``watch`` is called every quarter of a second meanwhile.
+
+    Raises the actor's own RaysgdError as it was raised there; ActorLostError where an actor is lost; RunError, which
+    names ``what``, where one did not answer within ``timeout`` seconds (default 120).
+    """
+    limit = CALL_TIMEOUT_S if timeout is None else timeout
+    deadline = time.monotonic() + limit
+    pending = list(refs)
+    while pending:
+        left = deadline - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, WATCH_S)))
+        for ref in done:
+            result(ref, what)  # the first that fails ends the wait for the others
+        if pending and left <= 0:
+            raise RunError(f"{what}: no answer within {limit:g} s")
+        if pending and not done and watch is not None:
+            watch()
+    return [result(ref, what) for ref in refs]
+
+
+def result(ref: Any, what: str) -> Any:
+    """The result of a call that has ended; raises as :func:`call` does."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayActorError as error:
+        raise ActorLostError(f"{what}: an actor died: {error}", error.actor_id) from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaysgdError):
+            raise error.cause from None
+        raise RunError(f"{what}: {error.cause!r}\n{_ANSI.sub('', str(error))}") from error
+
+
+def gather(refs: Sequence[Any], what: str, watch: Callable[[], None]) -> list[Any]:
+    """The results of long actor calls, in order; ``watch`` is called every quarter of a second and at each result.
+
+    Raises as :func:`call` does, at the first call that fails; there is no limit of time.
+    """
+    pending = list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=WATCH_S)
+        for ref in done:
+            result(ref, f"{what}, worker {list(refs).index(ref)}")
+        watch()
+    return call(refs, what)

@@ -1,0 +1,339 @@
+"""Who carries what, through losses and joins: carries out what :class:`Membership` decides.
+
+    a worker died, hung, or came; a server died
+        ─▶ stop the runs that go on ─▶ replace dead servers ─▶ fence at every server ─▶ read the clocks
+        ─▶ new memory for everybody ─▶ the runs again, from the clocks
+
+Nothing of a step that was at hand is kept: it is computed again, to the same bytes, and a server that had it already
+drops what comes twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+
+from raysgd.errors import RunError
+from raysgd.plan import Plan
+from raysgd.protocol.membership import (
+    Assign,
+    Committed,
+    Event,
+    Fail,
+    Joined,
+    Kill,
+    Left,
+    Membership,
+    Share,
+    Silent,
+    Start,
+    Wait,
+)
+from raysgd.runtime.calls import WATCH_S, ActorLostError, call, gather, result
+from raysgd.runtime.gang import Gang, Member, same_node, shared_out
+from raysgd.runtime.place import here
+from raysgd.runtime.report import LoopReport
+from raysgd.runtime.transport import ServerLostError
+from raysgd.runtime.worker import Task
+
+T = TypeVar("T")
+
+#: seconds after the begin at which spare servers are asked for: a short run does without
+SPARE_AFTER_S = 2.0
+
+#: seconds to wait for a worker where none is left
+NOBODY_S = 120.0
+
+
+class RollBackError(RunError):
+    """The state of a server is lost: the run goes back to its newest checkpoint."""
+
+
+class _Changed(Exception):  # noqa: N818 - nothing is wrong: others carry the virtual workers from here on
+    """Who carries the virtual workers is to change."""
+
+
+class Crew:
+    """The gang at work.
+
+    step: () -> steps committed, as far as is known;  say: tells people
+    """
+
+    def __init__(self, gang: Gang, plan: Plan, step: Callable[[], int], say: Callable[[str], None]) -> None:
+        scaling, failure = plan.spec.scaling, plan.spec.run.failure_config
+        self.gang, self.plan, self.step, self.say = gang, plan, step, say
+        self.n_virtual = plan.spec.train.virtual_workers
+        self.membership = Membership(self.n_virtual, scaling.least_workers, scaling.most_workers, failure.max_failures)
+        self.task = _task(plan)
+        #: by worker: what it carries
+        self.shares: dict[int, Share] = {}
+        #: whether every carrier has pulled the version at which the last run ended
+        self.pulled = False
+        #: calls of ``run`` on their way, by whose they are; the number of the newest
+        self._runs: dict[Any, int] = {}
+        self._number = 0
+        #: whether others are to carry the virtual workers; whether a server was replaced
+        self._due = self._refence = False
+        self._site = here()
+        self._began = time.monotonic()
+
+    def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
+        """Start the servers and give every worker that is there its virtual workers."""
+        slots = () if self.plan.sparse else tuple(self.plan.spec.optimizer.slots)
+        self.gang.begin(shards, self.plan.spans(), self.plan.buffers, slots)
+        for number, member in list(self.gang.workers.items()):
+            self._decide(Joined(number, member.site))
+        self._regroup()
+
+    def run(self, start: int, until: int, watch: Callable[[], None]) -> list[LoopReport]:
+        """Train from version ``start`` until ``until`` is committed everywhere, whoever dies or joins meanwhile."""
+        return self.surviving(partial(self._run, start, until, watch))
+
+    def score(self, version: int, count: int) -> list[Any]:
+        """Scores of ``count`` validation shards at the version where the last run ended."""
+        return self.surviving(partial(self._score, version, count))
+
+    def call(self, refs: Callable[[], Sequence[Any]], what: str, timeout: float | None = None) -> list[Any]:
+        """The results of actor calls; made again where somebody is lost meanwhile and replaced."""
+        return self.surviving(lambda: call(refs(), what, timeout, self._pulse))
+
+    def committed(self, step: int) -> None:
+        """The run has reached ``step``: losses before are forgotten."""
+        self._decide(Committed(step))
+
+    def surviving(self, action: Callable[[], T]) -> T:
+        """The result of ``action``, which is begun again whenever somebody is lost or joins meanwhile."""
+        while True:
+            try:
+                return action()
+            except _Changed:
+                pass
+            except ActorLostError as error:
+                self._lost(error)
+            except ServerLostError as error:
+                self._find_lost(error)
+            self._regroup()
+
+    # -- what is done by everybody
+
+    def _run(self, start: int, until: int, watch: Callable[[], None]) -> list[LoopReport]:
+        self._number += 1
+        self._runs = {}
+        for number, share in self.shares.items():
+            from_here = replace(share, start=max(share.start, start))
+            self._runs[self.gang.workers[number].actor.run.remote(from_here, until, self._number)] = number
+        ended: list[LoopReport] = []
+        while self._runs:
+            done, _ = ray.wait(list(self._runs), num_returns=1, timeout=WATCH_S)
+            for ref in done:
+                number = self._runs.pop(ref)
+                ended.append(result(ref, f"training, worker {number}"))
+                if ended[-1].done.reason in ("frozen", "gone"):
+                    raise ServerLostError(f"worker {number} ended: {ended[-1].done.reason}")
+            watch()
+            self._watch()
+        self.pulled = True
+        return ended
+
+    def _score(self, version: int, count: int) -> list[Any]:
+        if not self.pulled:  # who came since has no parameters yet
+            self._run(version, version, lambda: None)
+        dealt = shared_out(list(self.shares), count)
+        calls = [self.gang.workers[number].actor.score.remote(version, share) for number, share in dealt.items()]
+        return gather(calls, "validation", self._pulse)
+
+    # -- who is alive
+
+    def _watch(self) -> None:
+        """Look who is alive and who has come; raises where that changes who carries what."""
+        self._pulse()
+        for number in self.gang.joined():
+            self._decide(Joined(number, self.gang.workers[number].site))
+        if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
+            self.gang.ask_spares()
+            self.gang.look_for_spares()
+        if self._due:
+            raise _Changed
+
+    def _pulse(self) -> None:
+        """Raises ActorLostError where an actor is dead; a hung one is made so."""
+        for number, worker in list(self.gang.workers.items()):
+            if self._hung(worker):
+                self._decide(Silent(number, self.step(), worker.pulse.silent_s))
+        for index, server in enumerate(self.gang.servers):
+            if self._hung(server):
+                why = f"server {index} hung for {server.pulse.silent_s:.1f} s: no answer, and no CPU time"
+                self.gang.bury(server)
+                raise ActorLostError(why, server.id)
+
+    def _hung(self, member: Member) -> bool:
+        try:
+            return member.pulse.look(member.actor.beat.remote, partial(self._cpu_ticks, member))
+        except ray.exceptions.RayActorError as error:
+            raise ActorLostError(f"an actor died: {error}", member.id) from error
+
+    def _cpu_ticks(self, member: Member) -> int | None:
+        if self._site is not None and member.site == self._site:
+            return member.process.cpu_ticks()
+        for other in self.gang.neighbours(member):
+            try:
+                ticks: int | None = call([other.actor.cpu_ticks.remote(member.process)], "CPU time", timeout=1.0)[0]
+            except RunError:
+                continue
+            return ticks
+        return None
+
+    def _decide(self, event: Event) -> None:
+        """Tell the membership, and do what it decides; new assignments take effect when it is next safe."""
+        for decision in self.membership.handle(event):
+            if isinstance(decision, Assign | Wait):
+                self._due = True
+            elif isinstance(decision, Start):
+                self.gang.ask_workers(decision.count, decision.after_s)
+            elif isinstance(decision, Kill):
+                self.say(f"worker {decision.worker} is killed: {decision.why}")
+                self._left(decision.worker, decision.why)
+            else:
+                assert isinstance(decision, Fail)
+                raise RunError(decision.why)
+
+    def _left(self, number: int, why: str) -> None:
+        self.gang.lost(self.gang.workers[number])
+        self._decide(Left(number, why))
+
+    def _lost(self, error: ActorLostError) -> None:
+        """Somebody is dead: make it true, and decide what follows."""
+        for number, worker in list(self.gang.workers.items()):
+            if worker.id == error.actor:
+                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self._left(number, _first_line(error))
+                return
+        for index, server in enumerate(self.gang.servers):
+            if server.id == error.actor:
+                self._server_lost(index, error)
+                return
+        if error.actor is None:
+            self._find_lost(error)
+
+    def _find_lost(self, error: RunError) -> None:
+        """Somebody ended for want of a server: which? Raises the error where all are alive."""
+        found = False
+        for index, server in enumerate(list(self.gang.servers)):
+            try:
+                call([server.actor.beat.remote()], f"server {index}", timeout=10.0)
+            except ActorLostError as lost:
+                self._server_lost(index, lost)
+                found = True
+        if not found:
+            raise error
+
+    def _server_lost(self, index: int, error: RunError) -> None:
+        for decision in self.membership.charge(f"server {index} was lost: {_first_line(error)}"):
+            assert isinstance(decision, Fail)
+            raise RunError(decision.why)
+        self._stop_runs()
+        self._due = self._refence = True
+        if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
+            self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
+            return
+        raise RollBackError(f"server {index} was lost with its state: {_first_line(error)}")
+
+    # -- dealing anew
+
+    def _regroup(self) -> None:
+        while True:
+            try:
+                self._stop_runs()
+                self._await_carriers()
+                self._due = self.pulled = False
+                if self._refence:
+                    self.membership.refence()
+                    self._refence = False
+                self._deal()
+            except ActorLostError as error:
+                self._lost(error)
+            else:
+                return
+
+    def _stop_runs(self) -> None:
+        """Have every call of ``run`` end, and wait for that; nobody pushes any more."""
+        for number in set(self._runs.values()) & set(self.gang.workers):
+            self.gang.workers[number].actor.stop.remote(self._number)
+        while runs := {ref: number for ref, number in self._runs.items() if number in self.gang.workers}:
+            done, _ = ray.wait(list(runs), num_returns=1, timeout=WATCH_S)
+            for ref in done:
+                del self._runs[ref]
+                try:
+                    result(ref, f"training, worker {runs[ref]}")
+                except ServerLostError:
+                    continue  # who is lost is found out, or known
+            if not done:
+                self._pulse()
+        self._runs = {}
+
+    def _await_carriers(self) -> None:
+        """Wait until somebody can carry the virtual workers."""
+        deadline = time.monotonic() + NOBODY_S
+        while not self.membership.assignments:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"no worker came within {NOBODY_S:g} s after the last one was lost: "
+                    f"a worker asks for {self.gang.scaling.worker_cpus:g} CPUs; {_cpus()}"
+                )
+            for number in self.gang.joined():
+                self._decide(Joined(number, self.gang.workers[number].site))
+            time.sleep(0.05)
+
+    def _deal(self) -> None:
+        """Carry out the newest assignments: fence, read the clocks, connect."""
+        gang, plan, assignments = self.gang, self.plan, self.membership.assignments
+        servers, spans = gang.server_actors, plan.spans()
+        self._ask([s.regroup.remote() for s in servers], "fencing")
+        self._ask([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
+        clocks = self._ask([s.clocks.remote() for s in servers], "reading the clocks")
+        self.shares = {a.worker: Share.at(a, self.n_virtual, clocks) for a in assignments}
+        carriers = list(self.shares)
+        if plan.consistency.exact and not plan.sparse:  # relays copy whole vectors
+            gang.relay(carriers, spans, self.n_virtual, min(share.start for share in self.shares.values()))
+        prepared = []
+        for number in carriers:
+            boards = same_node(gang.workers[number].site, gang.reachable(number))
+            prepared.append(gang.workers[number].actor.prepare.remote(self.task, servers, boards, gang.readers(number)))
+        self._ask(prepared, "preparing the workers")
+        connected = [gang.workers[number].actor.connect.remote(share) for number, share in self.shares.items()]
+        sharing = sum(self._ask(connected, "connecting the workers"))
+        if sharing < len(carriers):
+            self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
+
+    def _ask(self, refs: Sequence[Any], what: str) -> list[Any]:
+        return call(refs, what, watch=self._pulse)
+
+
+def _task(plan: Plan) -> Task:
+    return Task(
+        plan.learner,
+        plan.encoder,
+        plan.tables.train,
+        plan.tables.validation,
+        plan.sampler,
+        plan.spec.train.virtual_workers,
+        plan.spans(),
+        plan.end_step,
+        plan.spec.scaling.cache_bytes,
+        plan.consistency,
+        plan.local,
+    )
+
+
+def _first_line(error: RunError) -> str:
+    return " ".join(str(error).split("\n", 1)[0].split())
+
+
+def _cpus() -> str:
+    free, total = (float(r.get("CPU", 0.0)) for r in (ray.available_resources(), ray.cluster_resources()))
+    return f"available now: {free:g} of {total:g} CPUs"
