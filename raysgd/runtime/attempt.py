@@ -201,7 +201,9 @@ class Attempt:
         """
         before, rounds = self.curve.step, self.plan.rounds
         since = rounds.at(before)
-        commits = call([self.gang.server_actors[0].commits.remote(since)], "reading the commits of server 0")[0]
+        commits = self.gang.call([self.gang.server_actors[0].commits.remote(since)], "reading the commits of server 0")[
+            0
+        ]
         in_steps = [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
         self.curve.extend(in_steps[:-1] if below is None else [c for c in in_steps if c.step < below])
         if self.curve.step > before:

@@ -81,6 +81,7 @@ class Crew:
         self._due = self._refence = False
         self._site = here()
         self._began = time.monotonic()
+        gang.watch = self._pulse
 
     def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
         """Start the servers and give every worker that is there its virtual workers."""
@@ -98,9 +99,9 @@ class Crew:
         """Scores of ``count`` validation shards at the version where the last run ended."""
         return self.surviving(partial(self._score, version, count))
 
-    def call(self, refs: Callable[[], Sequence[Any]], what: str, timeout: float | None = None) -> list[Any]:
+    def call(self, refs: Callable[[], Sequence[Any]], what: str) -> list[Any]:
         """The results of actor calls; made again where somebody is lost meanwhile and replaced."""
-        return self.surviving(lambda: call(refs(), what, timeout, self._pulse))
+        return self.surviving(lambda: self.gang.call(refs(), what))
 
     def committed(self, step: int) -> None:
         """The run has reached ``step``: losses before are forgotten."""
@@ -293,9 +294,9 @@ class Crew:
         """Carry out the newest assignments: fence, read the clocks, connect."""
         gang, plan, assignments = self.gang, self.plan, self.membership.assignments
         servers, spans = gang.server_actors, plan.spans()
-        self._ask([s.regroup.remote() for s in servers], "fencing")
-        self._ask([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
-        clocks = self._ask([s.clocks.remote() for s in servers], "reading the clocks")
+        gang.call([s.regroup.remote() for s in servers], "fencing")
+        gang.call([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
+        clocks = gang.call([s.clocks.remote() for s in servers], "reading the clocks")
         self.shares = {a.worker: Share.at(a, self.n_virtual, clocks) for a in assignments}
         carriers = list(self.shares)
         if plan.consistency.exact and not plan.sparse:  # relays copy whole vectors
@@ -304,14 +305,11 @@ class Crew:
         for number in carriers:
             boards = same_node(gang.workers[number].site, gang.reachable(number))
             prepared.append(gang.workers[number].actor.prepare.remote(self.task, servers, boards, gang.readers(number)))
-        self._ask(prepared, "preparing the workers")
+        gang.call(prepared, "preparing the workers")
         connected = [gang.workers[number].actor.connect.remote(share) for number, share in self.shares.items()]
-        sharing = sum(self._ask(connected, "connecting the workers"))
+        sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):
             self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
-
-    def _ask(self, refs: Sequence[Any], what: str) -> list[Any]:
-        return call(refs, what, watch=self._pulse)
 
 
 def _task(plan: Plan) -> Task:

@@ -74,6 +74,8 @@ class Gang:
         #: bundles of workers that nobody uses
         self._free: list[Bundle] = []
         self._bundle_of: dict[int, Bundle] = {}
+        #: called while calls are awaited: looks who is alive
+        self.watch: Callable[[], None] | None = None
         self._numbers = 0
         #: by when workers are asked for: how many
         self._later: list[tuple[float, int]] = []
@@ -152,13 +154,13 @@ class Gang:
             s.actor.begin.remote(make, span, buffers, slots)
             for s, make, span in zip(self.servers, shards, spans, strict=True)
         ]
-        self.boards = call(begun, "starting the servers")
+        self.boards = self.call(begun, "starting the servers")
         self.meet()
 
     def meet(self) -> None:
         """Make the servers know one another."""
         actors = self.server_actors
-        call([a.meet.remote(actors) for a in actors], "starting the servers")
+        self.call([a.meet.remote(actors) for a in actors], "starting the servers")
 
     @property
     def server_actors(self) -> list[Any]:
@@ -195,7 +197,8 @@ class Gang:
         if spare is None or address is None:
             return False
         try:
-            self.boards[index] = call([spare.actor.succeed.remote(address, make, span)], f"replacing server {index}")[0]
+            succeeded = spare.actor.succeed.remote(address, make, span)
+            self.boards[index] = call([succeeded], f"replacing server {index}", timeout=10.0)[0]
         except RunError:
             ray.kill(spare.actor)
             return False
@@ -217,7 +220,7 @@ class Gang:
                 if place != site
             }
             begun[site] = number, self.workers[number].actor.relay_to.remote(far, spans, n_virtual, version)
-        boards = call([ref for _, ref in begun.values()], "starting the relays")
+        boards = self.call([ref for _, ref in begun.values()], "starting the relays")
         self.relays = {site: (host, at) for (site, (host, _)), at in zip(begun.items(), boards, strict=True)}
 
     def reachable(self, worker: int) -> list[Place]:
@@ -236,7 +239,11 @@ class Gang:
     def traffic(self) -> list[str]:
         """A line for each relay: what went between its node and others."""
         calls = [self.workers[host].actor.traffic.remote() for host, _ in self.relays.values()]
-        return [traffic.describe() for traffic in call(calls, "counting the traffic") if traffic.nodes]
+        return [traffic.describe() for traffic in self.call(calls, "counting the traffic") if traffic.nodes]
+
+    def call(self, refs: Sequence[Any], what: str) -> list[Any]:
+        """The results of actor calls, as :func:`call` gives them, while somebody looks who is alive."""
+        return call(refs, what, watch=self.watch)
 
     # -- the end
 

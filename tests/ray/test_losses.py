@@ -25,15 +25,15 @@ from raysgd.runtime.trainer import Result, Trainer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-EPOCHS = 200
+EPOCHS = 600
 END = 20 * EPOCHS
 
 SETTINGS: dict[str, Any] = {
     "train__epochs": EPOCHS,
-    "optimizer__learning_rate__decay_rate": 0.99,
+    "optimizer__learning_rate__decay_rate": 0.995,
     "run__log_every": 50,
-    "run__checkpoint_every": 1500,
-    "run__validate_every": 1900,
+    "run__checkpoint_every": 3500,
+    "run__validate_every": 5000,
 }
 
 
@@ -143,3 +143,109 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
     assert curve(place / "runs" / "killed-worker") == undisturbed
     assert sum("is lost at step" in line for line in said) == 4, said
     assert status_of(place / "runs" / "killed-worker")["attempt"] == 1
+
+
+def test_a_killed_server_is_succeeded_by_its_spare(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
+    def what(until: Callable[[int], None]) -> None:
+        for step in (1000, 4000, 7500):
+            until(step)
+            wait_for("the spare", lambda: len(actors("Server")) == 3)
+            time.sleep(0.3)  # until it holds the memory of the others
+            os.kill(random.Random(step).choice(actors("Server")), signal.SIGKILL)
+
+    disturb("killed-server", what)
+    result, _ = fit(place, "killed-server", 3, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "killed-server") == undisturbed
+
+
+def test_without_a_spare_all_go_back_to_the_checkpoint(
+    place: Path, undisturbed: Any, truth: str, disturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 1e9)
+
+    def what(until: Callable[[int], None]) -> None:
+        until(5000)
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    disturb("rolled-back", what)
+    result, said = fit(place, "rolled-back", 2, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "rolled-back") == undisturbed
+    assert any("all go back to step 3,500" in line for line in said), said
+
+
+@pytest.mark.parametrize("kind", ["Worker", "Server"])
+def test_a_hung_process_is_noticed_and_replaced(
+    place: Path, undisturbed: Any, truth: str, disturb: Any, kind: str
+) -> None:
+    """Stopped for good; one that is stopped for two seconds is left alone."""
+    stopped: list[int] = []
+    name = f"hung-{kind}"
+
+    def what(until: Callable[[int], None]) -> None:
+        until(300)
+        victim = actors(kind)[0]
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(2.0)
+        os.kill(victim, signal.SIGCONT)
+        until(1200)
+        assert victim in actors(kind)
+        if kind == "Server":
+            wait_for("the spare", lambda: len(actors("Server")) == 3)
+            time.sleep(0.3)
+        stopped.append(actors(kind)[0])
+        os.kill(stopped[0], signal.SIGSTOP)
+        wait_for("its end", lambda: stopped[0] not in actors(kind), 6.0)
+
+    disturb(name, what)
+    result, _ = fit(place, name, 2, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / name) == undisturbed
+    assert stopped
+
+
+def test_workers_join_and_go(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
+    """Between one and four of them: those beyond the least come when the cluster has room."""
+    most: list[int] = []
+
+    def what(until: Callable[[int], None]) -> None:
+        wait_for("four workers", lambda: len(actors("Worker")) == 4)
+        most.append(len(actors("Worker")))
+        until(1000)
+        os.kill(actors("Worker")[0], signal.SIGKILL)
+
+    disturb("elastic", what)
+    result, _ = fit(place, "elastic", (1, 4), 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "elastic") == undisturbed
+    assert most == [4]
+
+
+def test_no_loss_is_borne_where_none_may_be(place: Path, disturb: Any) -> None:
+    def what(until: Callable[[int], None]) -> None:
+        until(300)
+        os.kill(actors("Worker")[0], signal.SIGKILL)
+
+    disturb("none-borne", what)
+    with pytest.raises(RunError, match=r"worker \d was lost: .*losses without progress: 1, none is borne"):
+        fit(place, "none-borne", 2, 1, run__failure_config__max_failures=0)
+    assert status_of(place / "runs" / "none-borne")["state"] == "failed"
+
+
+@pytest.mark.parametrize("staleness", [2, float("inf")])
+def test_with_staleness_no_row_is_lost(place: Path, disturb: Any, staleness: float) -> None:
+    name = f"stale-{staleness}"
+
+    def what(until: Callable[[int], None]) -> None:
+        until(300)
+        os.kill(actors("Worker")[0], signal.SIGKILL)
+        until(1000)
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    disturb(name, what)
+    result, _ = fit(place, name, 3, 2, train__staleness=staleness)
+    assert result.step == END
+    trained = [line for line in result.history if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == list(range(50, END + 1, 50))
+    assert trained[-1]["rows"] == EPOCHS * 613
