@@ -26,7 +26,7 @@ from raysgd.learn.losses import runs
 from raysgd.learn.models.base import ValueAndGrad
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range, block_width, even_split
-from raysgd.learn.schedules import as_schedule
+from raysgd.learn.schedules import Lowered, as_schedule
 from raysgd.protocol.compute import LocalSteps
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.generation import Generation
@@ -90,6 +90,8 @@ class Plan:
     sampler: Sampler
     #: mean sample weight of a training row, rows dropped by the null policy counting 0
     mean_weight: float
+    #: the steps from which on the learning rate is halved, because training diverged after them
+    lowered: tuple[int, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -112,6 +114,8 @@ class Plan:
         train = self.spec.train
         planned = PlannedRows(train.batch_size, self.sampler.n_rows, self.steps_per_epoch, self.mean_weight)
         rate = as_schedule(self.spec.optimizer.learning_rate).resolve(self.steps_per_epoch, self.total_steps)
+        if self.lowered:
+            rate = Lowered(rate, self.lowered)
         return Rule(self.spec.optimizer, rate, planned, self.spec.model.l2, self.rounds, train.clip_norm)
 
     @property
@@ -213,6 +217,7 @@ class Plan:
                 "window_rows": self.sampler.window_rows,
                 "fragment_rows": self.sampler.fragment_rows,
                 "mean_weight": self.mean_weight,
+                "lowered": list(self.lowered),
             },
         }
 
@@ -290,6 +295,7 @@ def plan_from_manifest(spec: RunSpec, tables: Tables, manifest: Mapping[str, Any
             fragment_rows=stored["fragment_rows"],
             mean_weight=float(stored["mean_weight"]),
         )
+        plan = replace(plan, lowered=tuple(int(step) for step in stored.get("lowered", ())))
         fits = layout_of(manifest) == plan.learner.layout and sorted(manifest["slots"]) == sorted(spec.optimizer.slots)
     except InputError:
         raise

@@ -187,6 +187,17 @@ class Sampler:
             parts.append(self.window_row_ids(*key)[order[begin:end]])
         return np.concatenate(parts)
 
+    def place(self, row: int) -> tuple[int, int]:
+        """(shard, row in the shard) of a row id.
+
+        >>> Sampler([4, 3], batch_size=2, virtual_workers=1, seed=0, window_rows=4).place(5)
+        (1, 1)
+        """
+        shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        while not self.shard_rows[shard]:
+            shard -= 1
+        return shard, row - int(self._first_row[shard])
+
     def _order(self, epoch: int) -> tuple[npt.NDArray[np.intp], Int64]:
         """The permuted fragments, and the position in the epoch at which each ends."""
 

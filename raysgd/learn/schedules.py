@@ -238,6 +238,21 @@ class WarmUp:
         return partial(_warm_up, after, steps_in(self.over, steps_per_epoch))
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A rate that was halved where training diverged: rate(t) / 2 for each of ``steps`` that is <= t.
+
+    >>> [Lowered(lambda _step: 0.4, (2, 2, 5))(step) for step in (1, 2, 5)]
+    [0.4, 0.1, 0.05]
+    """
+
+    rate: Rate
+    steps: tuple[int, ...]
+
+    def __call__(self, step: int) -> float:
+        return math.ldexp(self.rate(step), -sum(begin <= step for begin in self.steps))
+
+
 def as_schedule(rate: float | Schedule) -> Schedule:
     """A number as the constant schedule; a schedule as it is.
 

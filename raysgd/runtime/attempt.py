@@ -8,9 +8,11 @@ watches: it reads the commits of server shard 0 for the loss curve. Who trains i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from typing import Any
 
@@ -28,10 +30,15 @@ from raysgd.report.progress import Report
 from raysgd.runtime.calls import call
 from raysgd.runtime.crew import Crew
 from raysgd.runtime.gang import Gang
+from raysgd.runtime.report import LoopReport
 from raysgd.storage import Storage
 
 #: coordinates of a sparse model that are read from a server at a time
 PART = 1 << 22
+
+
+class _CheckpointDueError(Exception):
+    """The time has come for a checkpoint."""
 
 
 @dataclass
@@ -51,6 +58,10 @@ class Attempt:
     #: bytes of ids and values that the workers of a sparse model pulled and pushed, in so many steps
     moved: int = 0
     trained: int = 0
+    #: writes checkpoints while training goes on, one at a time
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "raysgd-checkpoint"))
+    _saving: Future[None] | None = None
+    _saved_at: float = field(default_factory=time.monotonic)
 
     def begin(self, generation: Generation | None) -> None:
         """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
@@ -78,6 +89,7 @@ class Attempt:
                 self.validate()
             if last or self._due("checkpoint_every"):
                 self.save(self.step)
+        self.settle()
         if self.plan.sparse and self.trained:
             self.report.say(
                 f"{self.moved / self.trained:,.0f} bytes moved a step: ids and values of what its rows touch"
@@ -106,9 +118,36 @@ class Attempt:
         assert self.curve.step == step, (self.curve.step, step)
         facts = {**self.plan.facts(), "attempt": self.attempt, "metrics": self._metrics(step)}
         facts |= {"epoch": step / self.plan.steps_per_epoch, "curve": self.curve.open_line}
+        facts["canary"] = self.crew.canary
+        self.settle()
+        self._saved_at = time.monotonic()
+        self._saving = self._writer.submit(self._publish, generation, facts)
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is published; what went wrong with it is told or raised.
+
+        A full disk is no reason to stop training: the checkpoint before it stays, and the next may succeed. At the end
+        it is one.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except OSError as error:
+            if self.step >= self.plan.end_step:
+                raise RunError(f"the last checkpoint could not be written: {error}") from error
+            self.report.say(f"warning: a checkpoint could not be written: {error}; the one before it stays")
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, however the attempt ended."""
+        self._writer.shutdown(wait=True)
+
+    def _publish(self, generation: Generation, facts: dict[str, Any]) -> None:
+        """Write a checkpoint, while training goes on."""
         saved = checkpoints.save(self.storage, generation, self.plan.learner.layout, facts)
         checkpoints.prune(self.storage, self.plan.spec.run.checkpoint_config.num_to_keep)
-        self.on_checkpoint(step, saved.digest())
+        self.on_checkpoint(generation.step, saved.digest())
 
     def _snapshot(self, version: int) -> Generation:
         """Parameters and state of all servers at a version; of a sparse model in parts, so that there is one copy."""
@@ -143,8 +182,10 @@ class Attempt:
             self.report.say(f"staleness is allowed: the run continues from its last checkpoint, not from {committed:,}")
             committed = self.step
         self._read_commits(below=committed)
+        self.settle()
         if committed > 0 and committed not in checkpoints.steps(self.storage):
             self.save(committed)
+            self.settle()
         self.curve.flush(interim=committed < self.plan.total_steps)
         self.step = committed
 
@@ -175,23 +216,58 @@ class Attempt:
     def _train_to(self, until: int) -> None:
         self.curve.resume()
         begin, end = self.plan.rounds.at(self.step), self.plan.rounds.at(until)
-        ended = self.crew.run(begin, end, self._read_commits)
-        self._read_commits(below=until)
+        while (ended := self._run(begin, end)) is None:
+            self._save_midway()
+        self.crew.surviving(partial(self._read_commits, until))
         for report in ended:
             if report.done.reason == "diverged":
-                saved = checkpoints.steps(self.storage)
-                raise DivergedError(
-                    self.plan.rounds.begin(report.done.step),
-                    "a gradient, a parameter or the optimizer's state became NaN or infinite; "
-                    + (f"the checkpoint of step {saved[-1]} is kept" if saved else "there is no checkpoint yet")
-                    + ". First lower the learning rate; then look for extreme values in the data",
-                )
+                raise self._diverged(report.done.step)
         self.moved += sum(report.moved for report in ended)
         self.trained += until - self.step
         for report in ended:
             if report.done.reason != "reached":
                 raise RunError(f"a worker ended at step {report.done.step}: {report.done.reason}")
         self.step = until
+
+    def _run(self, begin: int, end: int) -> list[LoopReport] | None:
+        """Train from version ``begin`` to ``end``; None where the time has come for a checkpoint in between."""
+        try:
+            return self.crew.run(begin, end, self._tick)
+        except _CheckpointDueError:
+            return None
+
+    def _tick(self) -> None:
+        self._read_commits()
+        seconds = self.plan.spec.run.checkpoint_seconds
+        due = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        if due and self.plan.consistency.exact and self._saving_is_over():
+            raise _CheckpointDueError
+
+    def _saving_is_over(self) -> bool:
+        return self._saving is None or self._saving.done()
+
+    def _save_midway(self) -> None:
+        """A checkpoint of the newest version that all servers hold, between two boundaries."""
+        version = self.crew.pause()
+        step = self.plan.rounds.begin(version)
+        self.crew.surviving(partial(self._read_commits, step))
+        if step > 0 and step == self.curve.step:
+            self.save(step)
+        self._saved_at = time.monotonic()
+        self.crew.resume()
+
+    def _diverged(self, version: int) -> DivergedError:
+        """What to say of the round that could not be applied."""
+        self.settle()
+        suspect, saved = self.crew.suspect(version), checkpoints.steps(self.storage)
+        said = "a gradient, a parameter or the optimizer's state became NaN or infinite"
+        if suspect is not None:
+            size, where = suspect
+            how = f"has the largest gradient ({size:.3g})" if isfinite(size) else "has a gradient that is not finite"
+            said += f"; of its rows {where}, {how}"
+        kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there is no checkpoint yet"
+        remedy = "First lower the learning rate; then look for extreme values in the data"
+        return DivergedError(self.plan.rounds.begin(version), f"{said}; {kept}. {remedy}")
 
     def _read_commits(self, below: int | None = None) -> None:
         """Take shard 0's new commits of steps below ``below`` into the curve.

@@ -74,6 +74,9 @@ class Crew:
         self.shares: dict[int, Share] = {}
         #: whether every carrier has pulled the version at which the last run ended
         self.pulled = False
+        #: what a worker's canary must be, and the workers whose is
+        self.canary: str | None = None
+        self._same: set[int] = set()
         #: calls of ``run`` on their way, by whose they are; the number of the newest
         self._runs: dict[Any, int] = {}
         self._number = 0
@@ -94,6 +97,16 @@ class Crew:
     def run(self, start: int, until: int, watch: Callable[[], None]) -> list[LoopReport]:
         """Train from version ``start`` until ``until`` is committed everywhere, whoever dies or joins meanwhile."""
         return self.surviving(partial(self._run, start, until, watch))
+
+    def pause(self) -> int:
+        """Have everybody stop; the newest version that all servers hold."""
+        self.surviving(self._stop_runs)
+        clocks = self.call(lambda: [s.clocks.remote() for s in self.gang.server_actors], "reading the clocks")
+        return min(int(c.min()) for c in clocks)
+
+    def resume(self) -> None:
+        """Deal the virtual workers anew after a pause: who was stopped has begun steps that others finished."""
+        self._regroup()
 
     def score(self, version: int, count: int) -> list[Any]:
         """Scores of ``count`` validation shards at the version where the last run ended."""
@@ -119,6 +132,13 @@ class Crew:
             except ServerLostError as error:
                 self._find_lost(error)
             self._regroup()
+
+    def suspect(self, version: int) -> tuple[float, str] | None:
+        """Of the rows of the round that could not be applied at ``version`` the one with the largest gradient: its
+        size, and where it is."""
+        asked = [self.gang.workers[n].actor.suspect.remote(share, version) for n, share in self.shares.items()]
+        found = [suspect for suspect in self.gang.call(asked, "looking for the row") if suspect is not None]
+        return max(found, default=None)
 
     # -- what is done by everybody
 
@@ -258,8 +278,32 @@ class Crew:
                 self._deal()
             except ActorLostError as error:
                 self._lost(error)
-            else:
+                self._due = True
+            if not self._due:
                 return
+
+    def _refuse_others(self, carriers: Sequence[int]) -> None:
+        """Refuse workers that would train other bytes; raises RunError where they differ from the beginning."""
+        new = [number for number in carriers if number not in self._same]
+        hashes = self.gang.call([self.gang.workers[n].actor.canary.remote() for n in new], "comparing the processors")
+        first, self.canary = self.canary is None, self.canary or hashes[0]
+        for number, found in zip(new, hashes, strict=True):
+            if found == self.canary:
+                self._same.add(number)
+            elif first or not self._same:
+                raise RunError(f"worker {number} cannot take part: {OTHER_BYTES}; or begin anew (--fresh)")
+            else:
+                self.say(f"worker {number} is refused: {OTHER_BYTES}")
+                self._refused(number)
+
+    def _refused(self, number: int) -> None:
+        """Send a worker away for good: nobody is asked for in its place."""
+        self.gang.lost(self.gang.workers[number])
+        for decision in self.membership.handle(Left(number, OTHER_BYTES)):
+            if not isinstance(decision, Start):
+                self._due = True
+            if isinstance(decision, Fail):
+                raise RunError(decision.why)
 
     def _stop_runs(self) -> None:
         """Have every call of ``run`` end, and wait for that; nobody pushes any more."""
@@ -306,10 +350,18 @@ class Crew:
             boards = same_node(gang.workers[number].site, gang.reachable(number))
             prepared.append(gang.workers[number].actor.prepare.remote(self.task, servers, boards, gang.readers(number)))
         gang.call(prepared, "preparing the workers")
+        self._refuse_others(carriers)
         connected = [gang.workers[number].actor.connect.remote(share) for number, share in self.shares.items()]
         sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):
             self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
+
+
+#: why a worker whose canary differs is refused, and what to do
+OTHER_BYTES = (
+    "its processor computes other bytes than those of the run (another family, another BLAS, or other settings of it): "
+    "use machines of one type, or set OPENBLAS_CORETYPE to the same value on all of them"
+)
 
 
 def _task(plan: Plan) -> Task:

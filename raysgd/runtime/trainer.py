@@ -16,7 +16,7 @@ from raysgd import checkpoint as checkpoints
 from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.data.sampler import Sampler
-from raysgd.errors import InputError, Interrupted, RaysgdError, RunError
+from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -38,6 +38,9 @@ from raysgd.storage import Storage
 
 #: seconds that the processes of our own cluster may take to start
 START_TIMEOUT_S = 180.0
+
+#: how often a run that diverges halves its learning rate before it gives up
+HALVINGS = 10
 
 #: lines of the loss curve an epoch, unless ``log_every`` says otherwise
 LINES_PER_EPOCH = 20
@@ -107,6 +110,7 @@ class Trainer:
             RunConfig() if run_config is None else run_config,
         )
         self.fresh = fresh
+        self._plan: Plan | None = None
         self.report = report_to(sys.stdout) if report is None else report
         if problems := self.spec.problems():
             raise InputError(problems)
@@ -207,7 +211,7 @@ class Trainer:
                 while (lost := self._lives(timeout_s, tables, begin, plan, keeper)) is not None:
                     again = beginning(self._storage, self.spec, tables, fresh=False)
                     losses = 1 if again.step > begin.step else losses + 1
-                    begin, plan = self._back(again, tables, begin, losses, lost)
+                    begin, plan = self._back(again, begin, losses, lost)
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", 130)
             keeper.move("interrupted", exit_code=code, message="interrupted; the same command continues")
@@ -230,22 +234,34 @@ class Trainer:
             self._train(gang, tables, begin, plan, keeper)
         except (RollBackError, ActorLostError) as error:
             return error
+        except DivergedError as error:
+            if self.spec.train.on_divergence == "stop":
+                raise
+            return error
         finally:
             gang.close()
         return None
 
-    def _back(
-        self, again: Beginning, tables: Tables, before: Beginning, losses: int, lost: RunError
-    ) -> tuple[Beginning, Plan | None]:
-        """Where to begin after a loss: at the newest checkpoint. Raises RunError where too much was lost in vain."""
+    def _back(self, again: Beginning, before: Beginning, losses: int, lost: RunError) -> tuple[Beginning, Plan | None]:
+        """Where to begin after a loss or a divergence: at the newest checkpoint.
+
+        Raises the error where too much was lost in vain, or the learning rate was halved as often as may be.
+        """
+        plan, step = self._plan, again.step
+        if isinstance(lost, DivergedError):
+            assert plan is not None
+            if len(plan.lowered) >= HALVINGS:
+                raise lost
+            plan = replace(plan, lowered=(*plan.lowered, step))
+            self.report.say(f"{lost}")
+            times = f"{len(plan.lowered)} of at most {HALVINGS} times"
+            self.report.say(f"back to step {step:,}, with half the learning rate from there on ({times})")
+            return replace(again, attempt=before.attempt), plan
         borne = self.spec.run.failure_config.max_failures
         if 0 <= borne < losses:
-            raise RunError(
-                f"{lost}; losses without progress: {losses}, borne: {borne} (run.failure_config.max_failures)"
-            )
-        self.report.say(f"{lost}; all go back to step {again.step:,}, and on from there to the same bytes")
-        found = again.checkpoint
-        plan = None if found is None else plan_from_manifest(self.spec, tables, found.manifest)
+            count = f"losses without progress: {losses}, {borne} are borne (run.failure_config.max_failures)"
+            raise RunError(f"{lost}; {count}")
+        self.report.say(f"{lost}; all go back to step {step:,}, and on from there to the same bytes")
         return replace(again, attempt=before.attempt), plan
 
     def _train(self, gang: Gang, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper) -> None:
@@ -254,6 +270,7 @@ class Trainer:
             plan, notes = self._new_plan(gang, tables)
             for line in notes:
                 self.report.say(line)
+        self._plan = plan
         for line in plan.describe():
             self.report.say(line)
         keeper.move("running", total_steps=plan.total_steps)
@@ -263,6 +280,8 @@ class Trainer:
                 plan, self._storage, self.report, self._curve(log, begin, plan), gang, begin.attempt, keeper.saved
             )
             attempt.scores = begin.scores
+            if begin.checkpoint is not None:
+                attempt.crew.canary = begin.checkpoint.manifest.get("canary")
             generation = None if begin.checkpoint is None else begin.checkpoint.generation
             attempt.begin(generation)
             if generation is not None:
@@ -273,6 +292,8 @@ class Trainer:
                 self.report.say("interrupted: writing a checkpoint")
                 attempt.halt()
                 raise
+            finally:
+                attempt.close()
         keeper.move("succeeded" if attempt.step == plan.total_steps else "stopped", step=attempt.step)
 
     def _new_plan(self, gang: Gang, tables: Tables) -> tuple[Plan, list[str]]:
@@ -334,12 +355,14 @@ class _Keeper:
     def __init__(self, storage: Storage, first: Status) -> None:
         self.storage = storage
         self.status = first
+        self._lock = threading.Lock()
 
     def move(self, state: status.State, **changes: Any) -> None:
-        self.status = status.write(self.storage, self.status.moved(state, **changes))
+        with self._lock:
+            self.status = status.write(self.storage, self.status.moved(state, **changes))
 
     def saved(self, step: int, digest: str) -> None:
-        """A checkpoint of ``step`` is published."""
+        """A checkpoint of ``step`` is published; told by the thread that wrote it."""
         self.move("running", step=step, digest=digest)
 
 

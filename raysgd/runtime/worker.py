@@ -17,10 +17,12 @@ from raysgd.data.moments import ShardStatistics, shard_statistics
 from raysgd.data.sampler import Sampler
 from raysgd.errors import RunError
 from raysgd.learn.batch import Batch, Float32
+from raysgd.learn.canary import canary
 from raysgd.learn.metrics import BlockScore, pooled
 from raysgd.learn.models.base import ValueAndGrad
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range
+from raysgd.learn.suspect import suspect
 from raysgd.protocol.client import Client, Compute, Done, Instruction
 from raysgd.protocol.compute import LocalSteps, subtree_sums
 from raysgd.protocol.consistency import Consistency
@@ -214,8 +216,8 @@ class Worker:
         report = train_loop(client, self._transport(share), task.learner, loader.batch, task.local)
         if self.relay is not None:
             self.relay.check()
-        if report.done.reason == "reached":
-            self.params = (until, client.params)
+        if report.done.reason in ("reached", "diverged"):
+            self.params = (report.done.step, client.params)
         return report
 
     def _run_sparse(self, task: Task, learner: BoundHashed, share: Share, until: int) -> LoopReport:
@@ -237,6 +239,31 @@ class Worker:
             assert self.params[0] == version, (self.params[0], version)
             scored = [score_shard(learner, self.params[1], task.encoder, validation, s) for s in shards]
         return pooled([s for s, _ in scored]), sum(u for _, u in scored)
+
+    def suspect(self, share: Share, version: int) -> tuple[float, str] | None:
+        """Of this worker's rows of the round that could not be applied the one with the largest gradient: its size, and
+        where it is. None: it has none of the rows, or no parameters to tell by."""
+        assert self.task is not None
+        task, worst = self.task, None
+        if self.params is None or self.params[0] != version or isinstance(task.learner, BoundHashed):
+            return None
+        steps = [version] if task.local is None else task.local.rule.rounds.steps(version)
+        loader = self._loader(share.assignment.run)
+        for step in steps:
+            for v in range(share.assignment.run.begin, share.assignment.run.end):
+                batch = loader.batch(step, v)
+                if batch is None or not len(batch):
+                    continue
+                found = suspect(task.learner, self.params[1], batch)
+                if worst is None or found.size > worst[0]:
+                    shard, row = task.sampler.place(int(task.sampler.row_ids(step, v)[found.row]))
+                    worst = found.size, f"{task.train.where(shard)}, row {row}"
+        return worst
+
+    def canary(self) -> str:
+        """SHA-256 of a gradient of this model over made-up rows: equal where processors compute to the same bytes."""
+        assert self.task is not None
+        return canary(self.task.learner)
 
     def close(self) -> None:
         if self.loader is not None:
