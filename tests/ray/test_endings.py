@@ -59,9 +59,9 @@ def undisturbed(place: Path, ray_cluster: None) -> Path:  # noqa: ARG001
 class Disturbed:
     """A run in mid-course as a process, and what must hold after its end."""
 
-    def __init__(self, place: Path, name: str, **how: Any) -> None:
+    def __init__(self, place: Path, name: str, *settings: str, **how: Any) -> None:
         self.place, self.name, self.run = place, name, place / "runs" / name
-        self.process = Marked(raysgd_command(*arguments(place, name)), place, **how)
+        self.process = Marked(raysgd_command(*arguments(place, name, *settings)), place, **how)
 
     def until_mid_segment(self) -> None:
         """Wait until there is a checkpoint and the run has gone on from it."""
@@ -102,8 +102,8 @@ def disturbed(place: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Starts the run that is named as the test; at the end nothing of it is left."""
     started: list[Disturbed] = []
 
-    def start(**how: Any) -> Disturbed:
-        started.append(Disturbed(place, request.node.name.replace("[", "-").replace("]", ""), **how))
+    def start(*settings: str, **how: Any) -> Disturbed:
+        started.append(Disturbed(place, request.node.name.replace("[", "-").replace("]", ""), *settings, **how))
         return started[0]
 
     yield start
@@ -199,15 +199,17 @@ def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Worker", "Server"])
 def test_killed_actor(disturbed: Any, undisturbed: Path, kind: str) -> None:
-    run = disturbed()
+    """Where no loss may be borne; where it may, see test_losses.py."""
+    run = disturbed("run.failure_config.max_failures=0")
     run.until_mid_segment()
     actors = [pid for pid, command in run.process.living().items() if command.startswith(f"ray::{kind}")]
     assert len(actors) == 2, run.process.living()
     os.kill(max(actors), signal.SIGKILL)
     assert run.process.wait() == 1, run.process.text
     status = run.ended("failed", 1)
-    assert kind.lower() in status["message"]
-    assert "died" in status["message"]
+    assert f"{kind.lower()} " in status["message"]
+    assert "was lost" in status["message"]
+    assert "none is borne" in status["message"]
     assert status["message"].splitlines()[0] in run.process.text
     run.continues(undisturbed)
 

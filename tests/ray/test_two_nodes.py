@@ -155,6 +155,7 @@ def test_actors_that_fit_on_no_nodes_are_refused(results: dict[str, dict[str, An
 def test_a_dead_server_is_named(cluster: Nodes, place: Path) -> None:
     """Killed while workers of both nodes train: the run ends with its name, and its actors with it."""
     sets = {"train.epochs": 2000, "scaling.num_workers": 4, "scaling.server_cpus": 3, "run.log_every": 20}
+    sets["run.failure_config.max_failures"] = 0
     words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     run = Marked(
         raysgd_command("train", str(place / "run.toml"), "--name", "dead", "--address", cluster.address, "-q", *words),
