@@ -1,6 +1,7 @@
 # make train   installs into .venv, prepares the flights data, trains on local Ray, draws the loss curve
 # make test    every check that needs no root: ruff, mypy, pytest
 # make lint    the static ones of them
+# make soak    100,000 hostile schedules of the protocol over all cores: `make soak SOAK_ARGS='--count 5000 --first 7'`
 # make bench   measures against peers, in about a quarter of an hour: `make bench BENCH_ARGS='step --rounds 5'`
 # make clean   removes what the others made, but no run: runs/ stays
 
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 RUN := runs/flights
 
 .DELETE_ON_ERROR:
-.PHONY: train test lint bench clean
+.PHONY: train test lint soak bench clean
 
 train: $(VENV)/.train-installed
 	$(BIN)/python jobs/flights.py
@@ -28,6 +29,10 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A schedule that is wrong is printed with the command that replays it.
+soak: $(VENV)/.dev-installed
+	$(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 # BENCH_ARGS: see `python -m bench --help`. Open MPI comes from the system: apt-get install openmpi-bin
 bench: $(VENV)/.bench-installed

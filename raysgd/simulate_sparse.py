@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from raysgd.learn.models.hashed import BoundHashed
+from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.membership import Assignment
 from raysgd.protocol.sparse import Sparse, SparsePartial
 from raysgd.protocol.sparse_client import SparseClient, SparseCompute, Touch
 from raysgd.protocol.sparse_compute import Touched, sparse_sums, touch
-from raysgd.protocol.sparse_shard import SparseShard, make_sparse_shard
-from raysgd.simulate import Faults, Outcome, Problem, _Simulation, _Worker
+from raysgd.protocol.sparse_shard import make_sparse_shard
+from raysgd.simulate import Faults, Outcome, Problem, Simulation
+from raysgd.simulate.simulation import Seat
 
 
 def simulate_sparse(
@@ -24,13 +27,16 @@ def simulate_sparse(
     n_servers: int = 1,
     faults: Faults | None = None,
     start: Generation | None = None,
+    most: int | None = None,
 ) -> Outcome:
     """As :func:`~raysgd.simulate.simulate`, for a problem whose learner is a :class:`BoundHashed`."""
     faults = faults or Faults(retry=0.0, in_order=True)
-    return _Sparse(problem, until, n_workers=n_workers, n_servers=n_servers, faults=faults, start=start).run()
+    return SparseSimulation(
+        problem, until, n_workers=n_workers, n_servers=n_servers, faults=faults, start=start, most=most
+    ).run()
 
 
-class _Sparse(_Simulation):
+class SparseSimulation(Simulation):
     LOCAL = (Touch, SparseCompute)
 
     @property
@@ -38,31 +44,40 @@ class _Sparse(_Simulation):
         assert isinstance(self.problem.learner, BoundHashed)
         return self.problem.learner
 
-    def make_shards(self, whole: Generation) -> list[Any]:
-        shards: list[SparseShard] = []
-        for i, span in enumerate(self.spans):
-            n_virtual, seed, generation = self.problem.n_virtual, self.problem.seed, whole.cut(span)
-            shards.append(
-                make_sparse_shard(
-                    i, self.problem.rule, span, self.learner, n_virtual=n_virtual, seed=seed, generation=generation
-                )
-            )
-        return shards
+    def succeeds(self) -> bool:
+        """A sparse shard writes in place: without its store's record, all shards return to the checkpoint."""
+        return False
+
+    def make_shard(
+        self, index: int, generation: Generation, previous: Generation | None = None, commits: Sequence[Commit] = ()
+    ) -> Any:
+        assert previous is None
+        assert not commits
+        problem, span = self.problem, self.spans[index]
+        return make_sparse_shard(
+            index,
+            problem.rule,
+            span,
+            self.learner,
+            n_virtual=problem.n_virtual,
+            seed=problem.seed,
+            generation=generation,
+        )
 
     def make_client(self, assignment: Assignment, start: int) -> SparseClient:
-        return SparseClient(assignment, self.problem.n_virtual, self.spans, start=start, until=self.until)
+        return SparseClient(assignment, self.problem.n_virtual, self.spans, start=start, until=self.goal)
 
     def tell(self, shard: int) -> None:
         """Sparse shards have nothing to say to one another: the norm of the gradient is not limited."""
 
-    def compute(self, worker: _Worker, content: Touch | SparseCompute) -> list[Any]:
+    def compute(self, seat: Seat, content: Touch | SparseCompute) -> list[Any]:
         touched: Touched = touch(self.learner, content.step, content.nodes, self.problem.batch)
         if isinstance(content, Touch):
-            return list(worker.client.touched(content.step, touched.ids))
+            return list(seat.client.touched(content.step, touched.ids))
         sums = sparse_sums(self.learner, touched, content.values, content.nodes)
-        if worker.zombie:
+        if seat.zombie:
             sums = [_garbage(s) for s in sums]
-        return list(worker.client.computed(content.step, sums))
+        return list(seat.client.computed(content.step, sums))
 
 
 def _garbage(partial: SparsePartial) -> SparsePartial:

@@ -101,8 +101,8 @@ def test_other_trees_and_optimizers(n_virtual: int, optimizer: str) -> None:
     assert outcome.final.digest() == truth(n_virtual, optimizer)
 
 
-def test_three_hundred_hostile_schedules_end_in_the_same_bytes() -> None:
-    outcomes = [run(seed, n_workers=1 + seed % V) for seed in range(300)]
+def test_hostile_schedules_end_in_the_same_bytes() -> None:
+    outcomes = [run(seed, n_workers=1 + seed % V) for seed in range(100)]
     assert {o.final.digest() for o in outcomes} == {truth()}
     assert [v for o in outcomes for v in o.violations] == []
     delivered = sum(o.delivered for o in outcomes)
@@ -110,7 +110,7 @@ def test_three_hundred_hostile_schedules_end_in_the_same_bytes() -> None:
     assert sum(o.duplicated for o in outcomes) >= 0.1 * delivered
     assert sum(o.reordered for o in outcomes) >= 0.1 * delivered
     assert len({o.order for o in outcomes}) >= 0.95 * len(outcomes)
-    assert sum(o.kills for o in outcomes) >= 100
+    assert sum(o.kills for o in outcomes) >= 50
     assert sum(o.lost for o in outcomes) >= 100
 
 

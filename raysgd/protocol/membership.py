@@ -119,7 +119,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nobody can carry the virtual workers: wait for one to join."""
+    """Nobody can carry the virtual workers: wait for one to join. living: those that are being killed"""
 
     living: int
 
@@ -146,6 +146,15 @@ def deal(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
     return tuple(Range(a, b) for a, b in pairwise(cuts))
 
 
+def backoff(failures: int) -> float:
+    """Seconds before a replacement is started after so many losses without progress.
+
+    >>> [backoff(n) for n in (0, 1, 2, 3, 4, 7, 5000)]
+    [0.0, 0.0, 1.0, 2.0, 4.0, 30.0, 30.0]
+    """
+    return min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** min(failures - 2, 30)) if failures > 1 else 0.0
+
+
 class Membership:
     """The living workers and the current incarnation of every virtual worker, which is only ever raised.
 
@@ -166,8 +175,10 @@ class Membership:
         self._draining: set[int] = set()
         self._killed: dict[int, str] = {}
         self._begun = False
-        #: the step at hand, and how many hung in it
-        self._step, self._hung = 0, 0
+        #: the furthest step that was reached
+        self._step = 0
+        #: the step in which a carrier hung last, and how many did
+        self._hung_step, self._hung = 0, 0
 
     def handle(self, event: Event) -> list[Decision]:
         """Take one event; what concerns no living worker changes nothing."""
@@ -202,7 +213,7 @@ class Membership:
 
     def refence(self) -> list[Decision]:
         """The same workers once more, under fresh incarnations: after a server was replaced."""
-        return self._deal()
+        return self._deal(anew=True)
 
     def _joined(self, event: Joined) -> list[Decision]:
         if event.worker in self.living:
@@ -220,20 +231,19 @@ class Membership:
         self._draining.discard(event.worker)
         if charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):
             return failed
-        after = min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
-        carried = any(a.worker == event.worker for a in self.assignments)
-        return [Start(1, after), *(self._deal() if carried else [])]
+        return [Start(1, backoff(self.failures)), *self._deal()]
 
     def _silent(self, event: Silent) -> list[Decision]:
         if event.worker in self._killed:
             return []
         why = f"it hung for {event.seconds:.1f} s in step {event.step}: no answer, and no CPU time"
         self._killed[event.worker] = why
-        if event.step != self._step:
-            self._step, self._hung = event.step, 0
-        self._hung += 1
-        if self._hung >= HANGS_IN_ONE_STEP:
-            return [Fail(f"step {event.step} hangs: {self._hung} workers in a row hung in it, last {event.worker}")]
+        if any(a.worker == event.worker for a in self.assignments):  # a spare one hangs in no step
+            if event.step != self._hung_step:
+                self._hung_step, self._hung = event.step, 0
+            self._hung += 1
+            if self._hung >= HANGS_IN_ONE_STEP:
+                return [Fail(f"step {event.step} hangs: {self._hung} workers in a row hung in it, last {event.worker}")]
         return [Kill(event.worker, why)]
 
     def _drains(self, worker: int) -> list[Decision]:
@@ -244,17 +254,22 @@ class Membership:
 
     def _committed(self, step: int) -> list[Decision]:
         if step > self._step:
-            self.failures, self._hung, self._step = 0, 0, step
+            self.failures, self._step = 0, step
         return []
 
-    def _deal(self) -> list[Decision]:
-        """All virtual workers to those who stay, neighbours by node; to those who go where nobody stays."""
-        staying = [w for w in self.living if w not in self._draining] or list(self.living)
-        if not staying or not self._begun:
-            self.assignments = ()
-            return [Wait(len(staying))] if self._begun else []
+    def _deal(self, anew: bool = False) -> list[Decision]:
+        """All virtual workers to those who stay, neighbours by node; to those who go where nobody stays.
+
+        To nobody who is being killed. Where the same workers would carry the same, nothing changes unless ``anew``.
+        """
+        if not self._begun:
+            return []
+        able = [w for w in self.living if w not in self._killed]
+        staying = [w for w in able if w not in self._draining] or able
         nodes = list(dict.fromkeys(self.living[w] for w in staying))
         carriers = sorted(staying, key=lambda w: nodes.index(self.living[w]))[: self.most]
-        runs = deal(self.n_virtual, len(carriers))
+        if carriers == [a.worker for a in self.assignments] and not anew:
+            return []
+        runs = deal(self.n_virtual, len(carriers)) if carriers else ()
         self.assignments = tuple(self.assign(worker, run) for worker, run in zip(carriers, runs, strict=True))
-        return [Assign(self.assignments)]
+        return [Assign(self.assignments) if carriers else Wait(len(self.living))]

@@ -21,11 +21,22 @@ from raysgd.protocol.gate import Commit, Tagged
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Halted, NotYet, Pull, Pulled, Push, Verdict
 from raysgd.protocol.shard import ServerShard
+from raysgd.protocol.update import Rule
 
 
 def shard_class(consistency: Consistency) -> type[ServerShard]:
     """The state machine that serves this consistency."""
     return ServerShard if consistency.exact else StaleShard
+
+
+def succeeds(consistency: Consistency, rule: Rule, n_shards: int) -> bool:
+    """Whether the memory of a dense shard that died is enough for a successor; else all shards go back to a checkpoint.
+
+    Not where staleness is allowed: a generation does not say which virtual workers' later steps are in it. Not where
+    shards limit the gradient's norm together: one that sealed a step is the only one that knows its part of that norm,
+    for which another may still wait.
+    """
+    return consistency.exact and (rule.clip_norm is None or n_shards == 1)
 
 
 class _Round:

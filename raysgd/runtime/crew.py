@@ -80,8 +80,8 @@ class Crew:
         #: calls of ``run`` on their way, by whose they are; the number of the newest
         self._runs: dict[Any, int] = {}
         self._number = 0
-        #: whether others are to carry the virtual workers; whether a server was replaced
-        self._due = self._refence = False
+        #: whether others are to carry the virtual workers
+        self._due = False
         self._site = here()
         self._began = time.monotonic()
         gang.watch = self._pulse
@@ -258,7 +258,7 @@ class Crew:
             assert isinstance(decision, Fail)
             raise RunError(decision.why)
         self._stop_runs()
-        self._due = self._refence = True
+        self._due = True
         if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
             self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
             return
@@ -272,9 +272,7 @@ class Crew:
                 self._stop_runs()
                 self._await_carriers()
                 self._due = self.pulled = False
-                if self._refence:
-                    self.membership.refence()
-                    self._refence = False
+                self.membership.refence()  # who was stopped has memory that nobody reads any more
                 self._deal()
             except ActorLostError as error:
                 self._lost(error)

@@ -13,11 +13,12 @@ from raysgd.learn.batch import Batch, Float32, Inputs, Target
 from raysgd.learn.models import LogisticRegression
 from raysgd.learn.parameters import Range
 from raysgd.learn.transforms import SGD
+from raysgd.protocol.membership import Assignment
 from raysgd.protocol.messages import Gone, Halted, NotYet, Pull, Pulled, Push, PushReply, Reply, Request, Verdict
 from raysgd.protocol.relay import Relay, whole_nodes
 from raysgd.protocol.tree import EMPTY, Partial, cover
 from raysgd.protocol.update import PlannedRows, Rule
-from raysgd.simulate import Faults, Outcome, Problem, _Simulation, simulate
+from raysgd.simulate import Faults, Outcome, Problem, Simulation, simulate
 
 V = 8
 
@@ -244,7 +245,7 @@ class Answer:
         return self.request.step if isinstance(self.request, Push) else self.request.version
 
 
-class Relayed(_Simulation):
+class Relayed(Simulation):
     """Workers speak to the relays of their node, in memory; relays speak to the shards through the network.
 
     Deliveries to relay (node, shard) have the address -1 - (node * shards + shard).
@@ -259,19 +260,19 @@ class Relayed(_Simulation):
         super().__init__(problem(), STEPS, n_workers=n_workers, n_servers=n_servers, faults=faults, start=None)
 
     def node(self, worker: int) -> int:
-        return self.workers[worker].client.assignment.run.begin * self.n_nodes // V
+        return self.seats[worker].client.assignment.run.begin * self.n_nodes // V
 
-    def start(self, run: Range) -> None:
-        super().start(run)
+    def start(self, assignment: Assignment) -> None:
+        super().start(assignment)
         for node, relays in enumerate(self.relays):
-            living = [w.client.nodes for i, w in enumerate(self.workers) if not w.zombie and self.node(i) == node]
+            living = [self.seats[i].client.nodes for i in self.current if self.node(i) == node]
             for r in relays:
                 r.cover = whole_nodes([n for nodes_ in living for n in nodes_], V)
 
-    def retry(self) -> None:
-        super().retry()
-        for node, relays in enumerate(self.relays):
-            for r in relays:
+    def retry(self, seats: Sequence[int]) -> None:
+        super().retry(seats)
+        for node in sorted({self.node(index) for index in seats}):
+            for r in self.relays[node]:
                 self.out(node, r, r.retry())
 
     def out(self, node: int, r: Relay, requests: Sequence[Request]) -> None:
@@ -297,7 +298,7 @@ class Relayed(_Simulation):
         if isinstance(content, Push):
             self.send(address, [Answer(content, self.push(content))])  # type: ignore[list-item]
         elif isinstance(content, Pull):
-            self.send(address, [Answer(content, self.shards[content.shard].pull(content))])  # type: ignore[list-item]
+            self.send(address, [Answer(content, self.pull(content))])  # type: ignore[list-item]
         else:
             assert isinstance(content, Answer)
             for said in r.handle(content.request, content.reply):
@@ -313,8 +314,8 @@ class Relayed(_Simulation):
 
     def refuse(self, said: PushReply, incarnations: tuple[int, ...]) -> None:
         """Pass a refusal on to the worker, living or dead, that carries that node under those incarnations."""
-        for i, worker in enumerate(self.workers):
-            client = worker.client
+        for i, seat in enumerate(self.seats):
+            client = seat.client
             if said.node in client.nodes and client.assignment.incarnations_of(said.node) == incarnations:
                 self.send(i, [said])
 

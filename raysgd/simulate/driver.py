@@ -1,0 +1,103 @@
+"""What a driver does: it carries out Membership's decisions, ends segments of steps, and keeps checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from raysgd.protocol.generation import join
+from raysgd.protocol.ledger import entry, extend
+from raysgd.protocol.membership import Assign, Assignment, Committed, Decision, Fail, Kill, Left, Start, Wait
+
+if TYPE_CHECKING:
+    from raysgd.simulate.simulation import Simulation
+
+
+def boundary(sim: Simulation, step: int) -> int:
+    """The version at which the segment that begins at ``step`` ends."""
+    every = sim.faults.checkpoint_every
+    return min(sim.until, (step // every + 1) * every) if every else sim.until
+
+
+def act(sim: Simulation, decisions: Sequence[Decision]) -> None:
+    for decision in decisions:
+        if isinstance(decision, Assign):
+            assign(sim, decision.assignments)
+        elif isinstance(decision, Start):
+            for _ in range(decision.count):
+                sim.later(sim.random.randrange(60) + int(10 * decision.after_s), sim.join)
+        elif isinstance(decision, Kill):
+            sim.later(sim.random.randrange(20), partial(sim.take, Left(decision.worker, "killed")))
+        elif isinstance(decision, Wait):
+            relieve(sim)
+        else:
+            assert isinstance(decision, Fail)
+            sim.violation(f"the run failed: {decision.why}")
+
+
+def relieve(sim: Simulation) -> None:
+    """Whoever carried virtual workers does so no longer, but does not know it yet."""
+    sim.current = []
+
+
+def assign(sim: Simulation, assignments: Sequence[Assignment]) -> None:
+    """Raise the incarnations at every shard, then read the clocks and begin. Not while a shard is down: the recovery
+    deals again."""
+    relieve(sim)
+    if sim.down:
+        return
+    for shard in range(len(sim.shards)):
+        fence(sim, shard, assignments)
+        for _ in range(0 if sim.faults.in_order else sim.random.randrange(4)):
+            if sim.network.flight and not sim.over:
+                sim.deliver()
+        if sim.down:
+            return
+    for seat in sim.seats:
+        seat.zombie = True
+    for assignment in assignments:
+        sim.start(assignment)
+
+
+def fence(sim: Simulation, shard: int, assignments: Sequence[Assignment]) -> None:
+    for a in assignments:
+        sim.shards[shard].fence(a.run, a.incarnations[0])
+        sim.truth[shard][a.run.slice] = a.incarnations
+
+
+def arrive(sim: Simulation) -> None:
+    """A segment has ended: a checkpoint, and the next one under the same assignments."""
+    poll(sim)
+    if sim.over:
+        return
+    versions = [shard.version for shard in sim.shards]
+    if versions != [sim.goal] * len(versions):
+        sim.violation(f"I4: shards at versions {versions} where all workers reached {sim.goal}")
+        return
+    sim.checkpoint = join([shard.snapshot(sim.goal) for shard in sim.shards])
+    sim.over = sim.goal == sim.until
+    if sim.over:
+        return
+    sim.goal = boundary(sim, sim.goal)
+    assignments = [sim.seats[index].client.assignment for index in sim.current]
+    relieve(sim)
+    for assignment in assignments:
+        sim.start(assignment)
+
+
+def poll(sim: Simulation) -> None:
+    """Ask the living shards what they committed since."""
+    rounds = sim.problem.rule.rounds
+    for i, shard in enumerate(sim.shards):
+        if i in sim.down:
+            continue
+        for commit in shard.drain(sim.told[i]):
+            if commit.staleness > sim.problem.consistency.staleness:
+                sim.violation(f"I7: shard {i}, step {commit.step}: {commit.staleness} steps stale")
+            record = entry(commit, attempt=0, generation=sim.successions[i], timeline=sim.timeline, shard=i)
+            steps = rounds.steps(commit.step)
+            extend(sim.outcome.ledger, replace(record, begin=steps.start, end=steps.stop))
+            sim.told[i] = max(sim.told[i], commit.step + 1)
+    sim.take(Committed(min(sim.told)))
