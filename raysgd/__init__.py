@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raysgd.learn.schedules import Constant, CosineDecay, ExponentialDecay, InverseTimeDecay, StepDecay, WarmUp
     from raysgd.learn.transforms import FTRL, SGD, AdaGrad
     from raysgd.runtime.trainer import Result, Trainer
-    from raysgd.spec import CheckpointConfig, RunConfig, ScalingConfig
+    from raysgd.spec import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 __all__ = [
     "FTRL",
@@ -42,6 +42,7 @@ __all__ = [
     "DivergedError",
     "ExponentialDecay",
     "FactorizationMachine",
+    "FailureConfig",
     "FittedModel",
     "HashedLogisticRegression",
     "InputError",
@@ -83,7 +84,7 @@ _HOMES = {
     ),
     "raysgd.learn.transforms": ("FTRL", "SGD", "AdaGrad"),
     "raysgd.runtime.trainer": ("Result", "Trainer"),
-    "raysgd.spec": ("CheckpointConfig", "RunConfig", "ScalingConfig"),
+    "raysgd.spec": ("CheckpointConfig", "FailureConfig", "RunConfig", "ScalingConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

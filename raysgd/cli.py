@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import tomllib
 import traceback
@@ -109,6 +110,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _workers(text: str) -> int | tuple[int, int]:
+    """``4``; ``2-6`` or ``2,6``: the least and the most."""
+    pair = re.fullmatch(r"(\d{1,18})[,-](\d{1,18})", text)
+    if pair:
+        return int(pair[1]), int(pair[2])
+    try:
+        return int(text)
+    except ValueError:
+        allowed = "a whole number, as 4, or the least and the most, as 2-6 or 2,6"
+        raise click.BadParameter(f"{text!r} is no number of workers: give {allowed}") from None
+
+
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 _run = click.argument("run")
 
@@ -118,7 +131,9 @@ _run = click.argument("run")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field of CONFIG.")
 @click.option("--name", help="The run's name: the same name continues the run. Default: run.name, or that of the file.")
 @click.option("--storage-path", metavar="DIR", help="Where runs lie: a directory or a URI such as s3://bucket/runs.")
-@click.option("--num-workers", type=int, help="Ray actors that compute gradients.")
+@click.option(
+    "--num-workers", type=_workers, metavar="N|LEAST-MOST", help="Ray actors that compute gradients, as 4 or 2-6."
+)
 @click.option("--num-servers", type=int, help="Ray actors that hold the parameters.")
 @click.option("--address", help="The Ray cluster to run on. Default: the one around this process, or a new one.")
 @click.option("--fresh", is_flag=True, help="Delete what the run has and start over.")
@@ -149,7 +164,7 @@ def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet:
 def _overrides(
     name: str | None,
     storage_path: str | None,
-    num_workers: int | None,
+    num_workers: int | tuple[int, int] | None,
     num_servers: int | None,
     address: str | None,
 ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """TOML and ``--set`` to the dataclasses that live beside their algorithms, and back.
 
     [data] path validation label ...   [model] type ...   [optimizer] type learning_rate ...   [train] ...
-    [scaling] ...   [run] ... num_to_keep
+    [scaling] ...   [run] ... num_to_keep   [run.failure_config] ...
 
 Relative paths resolve against the TOML's directory. Everything wrong with a config is in one error.
 """
@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 
@@ -33,11 +33,22 @@ from raysgd.sections import (
     nearest,
     to_table,
 )
-from raysgd.spec import CheckpointConfig, RunConfig, RunSpec, ScalingConfig, TrainConfig, config_fields
+from raysgd.spec import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    RunSpec,
+    ScalingConfig,
+    TrainConfig,
+    config_fields,
+)
 
 __all__ = ["dumps", "load", "loads", "model_from_dict", "model_to_dict"]
 
 SECTIONS = ("data", "model", "optimizer", "train", "scaling", "run")
+
+#: The fields of RunConfig that are dataclasses: the keys of the first lie in [run] itself, the second is a table in it.
+_CONFIGS_OF_RUN = ("checkpoint_config", "failure_config")
 
 
 def load(path: str | os.PathLike[str], sets: Iterable[str] = (), overrides: Mapping[str, Any] | None = None) -> RunSpec:
@@ -95,8 +106,9 @@ def dumps(spec: RunSpec) -> str:
         data["validation"] = field_table(spec.validation, skip=("filesystem",))["path"]
         if spec.validation.filesystem is None:
             data["validation"] = _absolute(data["validation"], Path.cwd())
-    run = field_table(spec.run, skip=("checkpoint_config",)) | field_table(spec.run.checkpoint_config)
+    run = field_table(spec.run, skip=_CONFIGS_OF_RUN) | field_table(spec.run.checkpoint_config)
     run["storage_path"] = _absolute(run["storage_path"], Path.cwd())
+    run["failure_config"] = field_table(spec.run.failure_config)
     tables = {
         "data": data,
         "model": to_table(spec.model, MODELS),
@@ -172,9 +184,15 @@ class _Reader:
     def _run(self) -> RunConfig:
         own = config_fields(RunConfig, skip=("checkpoint_config",))
         values = self._section("run", [*own, *config_fields(CheckpointConfig)])
+        failures = self._try(lambda: self._failure_config(values.pop("failure_config", {})), FailureConfig())
         values["storage_path"] = _absolute(values.get("storage_path", RunConfig().storage_path), self.directory)
         kept = {f.name: values.pop(f.name) for f in fields(CheckpointConfig) if f.name in values}
-        return RunConfig(**values, checkpoint_config=CheckpointConfig(**kept))
+        return RunConfig(**values, checkpoint_config=CheckpointConfig(**kept), failure_config=failures)
+
+    def _failure_config(self, table: Any) -> FailureConfig:
+        if not isinstance(table, Mapping):
+            raise InputError(f"run.failure_config must be a table, got {table!r}")
+        return cast(FailureConfig, build(FailureConfig, table, "run.failure_config"))
 
 
 def _text(file: Path) -> str:
@@ -235,7 +253,8 @@ def _known_keys() -> dict[str, list[str]]:
     for section, kinds in {"model": MODELS, "optimizer": OPTIMIZERS}.items():
         known[section] += [name for cls in kinds.values() for name in config_fields(cls)]
     configs = {"train": TrainConfig, "scaling": ScalingConfig, "run": RunConfig}
-    return known | {section: config_fields(cls) for section, cls in configs.items()}
+    known |= {section: config_fields(cls) for section, cls in configs.items()}
+    return known | {"run.failure_config": config_fields(FailureConfig)}
 
 
 def _absolute(path: Any, directory: Path) -> Any:

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
+from numbers import Integral
 from pathlib import PurePath
 from typing import Any
 
 from raysgd.data.dataset import ArrowDataset
-from raysgd.learn.checks import count_problems, number_problems, shown
+from raysgd.learn.checks import choice_problems, count_problems, number_problems, shown
 from raysgd.learn.models import MLP, FactorizationMachine, HashedLogisticRegression
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import Duration, duration_problems
@@ -23,6 +24,9 @@ from raysgd.sections import MODELS, OPTIMIZERS, Table, field_table, plain, to_ta
 
 #: Fields of ArrowDataset that say where the rows lie, not what they are: fingerprints are compared instead.
 PLACES = ("path", "filesystem")
+
+#: What can be done where a step gives NaN or infinite values.
+ON_DIVERGENCE = ("stop", "lower_learning_rate")
 
 #: File systems allow 255 bytes a name.
 MAX_NAME_BYTES = 200
@@ -40,6 +44,8 @@ class TrainConfig:
         stale-synchronous (SSP), inf asynchronous (ASP); only BSP gives the same bytes every time
     local_steps: steps that a virtual worker takes by itself, plain SGD, between two pushes
     clip_norm: the greatest norm of the mean gradient, which is scaled to it; None: no limit; needs staleness 0
+    on_divergence: where a step gives NaN or infinite values: "stop", or "lower_learning_rate": go back to the last
+        good state and go on with smaller steps
 
     >>> TrainConfig(batch_size=100).problems()
     ['batch_size must be a multiple of virtual_workers (8), got 100; use 96 or 104']
@@ -52,6 +58,7 @@ class TrainConfig:
     staleness: float = 0
     local_steps: int = 1
     clip_norm: float | None = None
+    on_divergence: str = "stop"
 
     def __post_init__(self) -> None:
         given: object = self.staleness
@@ -74,7 +81,7 @@ class TrainConfig:
                     "clip_norm needs staleness 0: the norm is that of a whole step, and with staleness pushes count "
                     f"one by one; got staleness {self.staleness!r}"
                 )
-        return found
+        return found + choice_problems("on_divergence", self.on_divergence, ON_DIVERGENCE)
 
     def _multiple(self) -> str:
         below = self.batch_size // self.virtual_workers * self.virtual_workers
@@ -87,37 +94,65 @@ class TrainConfig:
 class ScalingConfig:
     """What the cluster lends to the run: never changes the trained bytes.
 
-    num_workers, num_servers: Ray actors that compute gradients, that hold parameters
+    num_workers: Ray actors that compute gradients: a number, or a pair (least, most) between which it may change while
+        the run goes on
+    num_servers: Ray actors that hold the parameters
     worker_cpus, server_cpus: logical CPUs that each of them asks for
     cache_bytes: decoded rows that each worker keeps in memory, bytes
     placement_timeout_s: seconds to wait for an existing cluster to place the actors
 
     >>> ScalingConfig(num_workers=0).problems()
     ['num_workers must be a whole number >= 1, got 0']
+    >>> ScalingConfig(num_workers=(2, 6)).least_workers, ScalingConfig(num_workers=3).most_workers
+    (2, 3)
     """
 
-    num_workers: int = 1
+    num_workers: Any = 1  # int or (int, int): least_workers and most_workers are what it means
     num_servers: int = 1
     worker_cpus: float = 1.0
     server_cpus: float = 0.5
     cache_bytes: int = 268_435_456
     placement_timeout_s: float = 25.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.num_workers, list):  # as JSON and TOML have a pair
+            object.__setattr__(self, "num_workers", tuple(self.num_workers))
+
+    @property
+    def least_workers(self) -> int:
+        """The workers without which a run does not begin."""
+        return int(self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers)
+
+    @property
+    def most_workers(self) -> int:
+        """The workers beyond which none joins."""
+        return int(self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers)
+
     @property
     def cpus(self) -> float:
-        """Logical CPUs that all actors of a run ask for together."""
-        return self.num_workers * self.worker_cpus + self.num_servers * self.server_cpus
+        """Logical CPUs that the actors of a run ask for together at the least."""
+        return self.least_workers * self.worker_cpus + self.num_servers * self.server_cpus
 
     def problems(self) -> list[str]:
         """One sentence for each violation."""
         return [
-            *count_problems("num_workers", self.num_workers),
+            *self._worker_problems(),
             *count_problems("num_servers", self.num_servers),
             *number_problems("worker_cpus", self.worker_cpus, above=0),
             *number_problems("server_cpus", self.server_cpus, above=0),
             *count_problems("cache_bytes", self.cache_bytes, at_least=0),
             *number_problems("placement_timeout_s", self.placement_timeout_s, above=0),
         ]
+
+    def _worker_problems(self) -> list[str]:
+        given = self.num_workers
+        if isinstance(given, Integral):
+            return count_problems("num_workers", given)
+        pair = isinstance(given, tuple) and len(given) == 2 and not any(count_problems("", count) for count in given)
+        if pair and given[0] <= given[1]:
+            return []
+        allowed = "a whole number >= 1 or a pair of them, the least and the most"
+        return [f"num_workers must be {allowed}, got {shown(given)}"]
 
 
 @dataclass(frozen=True)
@@ -136,12 +171,31 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FailureConfig:
+    """How many losses of workers or servers without progress between them a run bears.
+
+    max_failures: -1: no limit; 0: the first loss ends the run
+
+    >>> FailureConfig(max_failures=-2).problems()
+    ['max_failures must be a whole number >= -1 (no limit), got -2']
+    """
+
+    max_failures: int = 3
+
+    def problems(self) -> list[str]:
+        """One sentence for each violation."""
+        found = count_problems("max_failures", self.max_failures, at_least=-1)
+        return [sentence.replace(">= -1", ">= -1 (no limit)", 1) for sentence in found]
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where a run lies and what it writes when: never changes the trained bytes.
 
     name: the run's directory under ``storage_path``; the same name continues the run
     storage_path: a directory or a URI (``s3://bucket/runs``) that every node can reach
     validate_every, checkpoint_every, log_every: steps, or epochs as ``"1epoch"``; log_every=None chooses
+    checkpoint_seconds: a checkpoint also where this long has passed since the last one; None: only ``checkpoint_every``
     stop_after_steps: ends cleanly with a checkpoint after this step, without changing any schedule
     address: of a running Ray cluster; None starts one or takes the one around it
 
@@ -153,9 +207,11 @@ class RunConfig:
     storage_path: str = "runs"
     validate_every: Duration = "1epoch"
     checkpoint_every: Duration = "1epoch"
+    checkpoint_seconds: float | None = None
     stop_after_steps: int | None = None
     log_every: Duration | None = None
     checkpoint_config: CheckpointConfig = field(default_factory=CheckpointConfig)
+    failure_config: FailureConfig = field(default_factory=FailureConfig)
     address: str | None = None
 
     def __post_init__(self) -> None:
@@ -167,12 +223,18 @@ class RunConfig:
         found = self._name_problems() + self._storage_problems()
         found += duration_problems("validate_every", self.validate_every)
         found += duration_problems("checkpoint_every", self.checkpoint_every)
+        if self.checkpoint_seconds is not None:
+            found += number_problems("checkpoint_seconds", self.checkpoint_seconds, above=0)
         found += [] if self.log_every is None else duration_problems("log_every", self.log_every)
         found += [] if self.stop_after_steps is None else count_problems("stop_after_steps", self.stop_after_steps)
         found += [] if self.address is None else text_problems("address", self.address)
         if not isinstance(self.checkpoint_config, CheckpointConfig):
-            return [*found, f"checkpoint_config must be a CheckpointConfig, got {self.checkpoint_config!r}"]
-        return found + self.checkpoint_config.problems()
+            found.append(f"checkpoint_config must be a CheckpointConfig, got {self.checkpoint_config!r}")
+        else:
+            found += self.checkpoint_config.problems()
+        if not isinstance(self.failure_config, FailureConfig):
+            return [*found, f"failure_config must be a FailureConfig, got {self.failure_config!r}"]
+        return found + [f"failure_config.{sentence}" for sentence in self.failure_config.problems()]
 
     def _name_problems(self) -> list[str]:
         if self.name is None:
@@ -240,17 +302,21 @@ class RunSpec:
         found = []
         if self.data.label is None:
             found.append("data.label is missing: name the column to predict")
-        workers, parts = self.scaling.num_workers, self.train.virtual_workers
-        if not count_problems("", workers) and not count_problems("", parts) and workers > parts:
-            allowed = f"at most train.virtual_workers ({parts})"
-            remedy = "ask for fewer workers, or raise train.virtual_workers (which changes the trained bytes)"
-            found.append(f"scaling.num_workers must be {allowed}, got {workers}: {remedy}")
+        found += self._share_problems()
         if isinstance(self.optimizer, AdaGrad) and self.train.local_steps != 1:
             found.append(
                 f"train.local_steps must be 1 with AdaGrad, got {self.train.local_steps}: between two pushes workers "
                 "take plain steps at the optimizer's rate, and AdaGrad's is of another scale; use SGD"
             )
         return found + self._sparse_problems() + self._role_problems()
+
+    def _share_problems(self) -> list[str]:
+        scaling, parts = self.scaling, self.train.virtual_workers
+        if scaling.problems() or count_problems("", parts) or scaling.most_workers <= parts:
+            return []
+        allowed = f"at most train.virtual_workers ({parts})"
+        remedy = "ask for fewer workers, or raise train.virtual_workers (which changes the trained bytes)"
+        return [f"scaling.num_workers must be {allowed}, got {scaling.num_workers}: {remedy}"]
 
     def _sparse_problems(self) -> list[str]:
         """What a hashed model, of which a step touches few weights, does not go together with; and FTRL with others."""

@@ -158,6 +158,16 @@ def test_train_passes_on_what_was_asked(here: Path, run: Captured, trainer: Fake
         assert part in run.out
 
 
+@pytest.mark.parametrize(
+    ("flag", "workers"), [("3", 3), ("2-6", (2, 6)), ("2,6", (2, 6)), ("4-4", (4, 4)), ("1-8", (1, 8))]
+)
+def test_train_takes_the_least_and_the_most_workers(
+    run: Captured, trainer: FakeTrainer, flag: str, workers: object
+) -> None:
+    assert run("train", "flights.toml", "--num-workers", flag) == 0
+    assert trainer.spec.scaling.num_workers == workers
+
+
 @pytest.mark.usefixtures("trainer")
 def test_train_speaks_json_on_standard_output_alone(run: Captured) -> None:
     assert run.json("train", "flights.toml") == {
@@ -214,7 +224,14 @@ def test_every_end_has_its_code(
     ("arguments", "part"),
     [
         (["train"], "Missing argument 'CONFIG'"),
-        (["train", "flights.toml", "--num-workers", "two"], "'two' is not a valid integer"),
+        (["train", "flights.toml", "--num-workers", "two"], "'two' is no number of workers: give a whole number, as 4"),
+        (["train", "flights.toml", "--num-workers", "2-"], "'2-' is no number of workers"),
+        (
+            ["train", "flights.toml", "--num-workers", "6-2"],
+            "scaling.num_workers must be a whole number >= 1 or a pair",
+        ),
+        (["train", "flights.toml", "--num-workers", "2,9"], "virtual_workers (8), got (2, 9)"),
+        (["train", "flights.toml", "--num-workers", "-1"], "scaling.num_workers must be a whole number >= 1, got -1"),
         (["train", "flights.toml", "--num-worker", "2"], "No such option"),
         (["trian"], "No such command 'trian'"),
         (["predict", "flights", "--data", "x"], "Missing option '-o'"),

@@ -17,7 +17,7 @@ from raysgd.errors import InputError
 from raysgd.learn.models import MLP, LinearRegression, LogisticRegression, SoftmaxRegression
 from raysgd.learn.schedules import Constant, CosineDecay, ExponentialDecay, InverseTimeDecay, StepDecay, WarmUp
 from raysgd.learn.transforms import SGD, AdaGrad
-from raysgd.spec import CheckpointConfig, RunConfig, RunSpec, ScalingConfig, TrainConfig
+from raysgd.spec import CheckpointConfig, FailureConfig, RunConfig, RunSpec, ScalingConfig, TrainConfig
 
 MINIMAL = """
 [data]
@@ -64,6 +64,9 @@ def test_every_section_is_read() -> None:
     [run]
     num_to_keep = 3
     log_every = "0.1epoch"
+    checkpoint_seconds = 600
+    [run.failure_config]
+    max_failures = -1
     """
     )
     spec = config.loads(text.replace("logistic_regression", "mlp"))
@@ -72,7 +75,8 @@ def test_every_section_is_read() -> None:
     assert spec.optimizer == SGD(learning_rate=schedule, momentum=0.9)
     assert (spec.train.batch_size, spec.scaling.num_workers, spec.scaling.worker_cpus) == (64, 2, 0.5)
     assert spec.run.checkpoint_config == CheckpointConfig(num_to_keep=3)
-    assert spec.run.log_every == "0.1epoch"
+    assert (spec.run.log_every, spec.run.checkpoint_seconds) == ("0.1epoch", 600)
+    assert spec.run.failure_config == FailureConfig(max_failures=-1)
 
 
 rates = st.floats(1e-6, 10.0)
@@ -107,6 +111,12 @@ datasets = st.builds(
 )
 
 
+def workers(most: int) -> st.SearchStrategy[Any]:
+    """A number of workers, or a pair of the least and the most."""
+    counts = st.integers(1, most)
+    return counts | st.tuples(counts, counts).map(lambda pair: tuple(sorted(pair)))
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> RunSpec:
     data = draw(datasets)
@@ -117,16 +127,22 @@ def specs(draw: st.DrawFn) -> RunSpec:
         model=draw(models),
         optimizer=draw(optimizers),
         train=TrainConfig(
-            parts * draw(st.integers(1, 99)), draw(st.integers(1, 9)), draw(st.integers(0, 2**63 - 1)), parts
+            parts * draw(st.integers(1, 99)),
+            draw(st.integers(1, 9)),
+            draw(st.integers(0, 2**63 - 1)),
+            parts,
+            on_divergence=draw(st.sampled_from(["stop", "lower_learning_rate"])),
         ),
-        scaling=ScalingConfig(draw(st.integers(1, parts)), draw(st.integers(1, 3)), draw(rates), draw(rates)),
+        scaling=ScalingConfig(draw(workers(parts)), draw(st.integers(1, 3)), draw(rates), draw(rates)),
         run=RunConfig(
             name=draw(st.none() | st.sampled_from(["flights", "täglich", "a b"])),
             storage_path=draw(st.sampled_from(["/runs", "gs://bucket/runs"])),
             validate_every=draw(durations),
             log_every=draw(st.none() | durations),
             stop_after_steps=draw(st.none() | st.integers(1, 99)),
+            checkpoint_seconds=draw(st.none() | rates | st.integers(1, 9_999)),
             checkpoint_config=CheckpointConfig(draw(st.none() | st.integers(1, 9))),
+            failure_config=FailureConfig(draw(st.integers(-1, 99))),
             address=draw(st.none() | st.just("ray://head:10001")),
         ),
     )
@@ -194,12 +210,15 @@ def test_sets_are_toml_or_text_and_reach_into_tables() -> None:
         'optimizer.learning_rate={type = "constant", rate = 0.5}',
         "optimizer.learning_rate.rate=0.25",
         "data.label=a=b",
+        "scaling.num_workers=[2, 6]",
+        "run.failure_config.max_failures=0",
         " optimizer.nesterov = true ",
         "optimizer.momentum=0.5",
     ]
     spec = config.loads(MINIMAL, "/here", sets)
     assert (spec.train.epochs, spec.run.name, spec.data.label) == (3, "flights", "a=b")
     assert spec.data.numeric == ["a", "b"]
+    assert (spec.scaling.num_workers, spec.run.failure_config) == ((2, 6), FailureConfig(max_failures=0))
     assert spec.optimizer == SGD(Constant(0.25), momentum=0.5, nesterov=True)
 
 
@@ -213,6 +232,14 @@ def test_flags_are_stronger_than_sets() -> None:
     [
         ("train.epochs", "--set needs section.key=value, got 'train.epochs'"),
         ("epochs=3", "--set needs section.key=value, got 'epochs'; did you mean 'train.epochs'?"),
+        ("max_failures=3", "got 'max_failures'; allowed are run.failure_config.max_failures"),
+        ("run.failure_config=3", "run.failure_config must be a table, got 3"),
+        ("run.failure_config.max_failures=-2", "run.failure_config.max_failures must be a whole number >= -1"),
+        (
+            "run.failure_config.max_failure=2",
+            "unknown key run.failure_config.max_failure; did you mean 'max_failures'?",
+        ),
+        ("scaling.num_workers=2-6", "scaling.num_workers must be a whole number >= 1 or a pair of them, the least and"),
         ("=3", "--set needs section.key=value"),
         ("train.=3", "--set needs section.key=value"),
         ("train.epochs.a=3", "train.epochs must be a whole number"),

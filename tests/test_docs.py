@@ -17,7 +17,7 @@ from raysgd import config
 from raysgd.cli import cli
 from raysgd.data.dataset import ArrowDataset
 from raysgd.sections import MODELS, OPTIMIZERS, SCHEDULES
-from raysgd.spec import CheckpointConfig, RunConfig, ScalingConfig, TrainConfig, config_fields
+from raysgd.spec import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainConfig, config_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -76,14 +76,14 @@ def test_config_page_names_every_key() -> None:
     """Each section of docs/config.md has the keys and the types of its section, and no others in its first column."""
     page = (ROOT / "docs" / "config.md").read_text()
     sections = dict(re.findall(r"^## \[(\w+)\](.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
-    run = [*config_fields(RunConfig, skip=("checkpoint_config",)), *config_fields(CheckpointConfig)]
+    run = [*config_fields(RunConfig, skip=("checkpoint_config", "failure_config")), *config_fields(CheckpointConfig)]
     expected = {
         "data": {*config_fields(ArrowDataset, skip=("filesystem",)), "validation"},
         "model": {*MODELS, *(key for cls in MODELS.values() for key in config_fields(cls))},
         "optimizer": {*OPTIMIZERS, *SCHEDULES},
         "train": {*config_fields(TrainConfig)},
         "scaling": {*config_fields(ScalingConfig)},
-        "run": {*run},
+        "run": {*run, *config_fields(FailureConfig)},
     }
     first_column = {
         name: {

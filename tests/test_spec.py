@@ -16,7 +16,15 @@ from raysgd.data.dataset import ArrowDataset
 from raysgd.learn.models import MLP, FactorizationMachine, HashedLogisticRegression, LogisticRegression
 from raysgd.learn.schedules import Constant, ExponentialDecay, StepDecay
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
-from raysgd.spec import CheckpointConfig, RunConfig, RunSpec, ScalingConfig, TrainConfig, differences
+from raysgd.spec import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    RunSpec,
+    ScalingConfig,
+    TrainConfig,
+    differences,
+)
 
 
 def a_spec(**changes: Any) -> RunSpec:
@@ -89,13 +97,42 @@ def test_every_field_of_a_run_config_is_judged() -> None:
         storage_path="",
         validate_every="often",
         checkpoint_every=0,
+        checkpoint_seconds=0,
         log_every=True,
         stop_after_steps=0,
         address="",
         checkpoint_config=CheckpointConfig(num_to_keep=0),
+        failure_config=FailureConfig(max_failures=-2),
     )
-    fields = ["storage_path", "validate_every", "checkpoint_every", "log_every", "stop_after_steps", "address"]
-    assert [sentence.split()[0] for sentence in wrong.problems()] == [*fields, "num_to_keep"]
+    fields = ["storage_path", "validate_every", "checkpoint_every", "checkpoint_seconds", "log_every"]
+    fields += ["stop_after_steps", "address", "num_to_keep", "failure_config.max_failures"]
+    assert [sentence.split()[0] for sentence in wrong.problems()] == fields
+    other = RunConfig(checkpoint_config=3, failure_config=None)  # type: ignore[arg-type]
+    assert other.problems() == [
+        "checkpoint_config must be a CheckpointConfig, got 3",
+        "failure_config must be a FailureConfig, got None",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, nan, inf, "600", True])
+def test_seconds_between_checkpoints_are_a_number_above_zero(seconds: Any) -> None:
+    (sentence,) = RunConfig(checkpoint_seconds=seconds).problems()
+    assert sentence.startswith("checkpoint_seconds must be ")
+    assert RunConfig(checkpoint_seconds=0.5).problems() == []
+
+
+@pytest.mark.parametrize("count", [-2, 1.5, True, "3", None, nan])
+def test_failures_are_counted_or_not_limited(count: Any) -> None:
+    (sentence,) = FailureConfig(count).problems()
+    assert sentence == f"max_failures must be a whole number >= -1 (no limit), got {count!r}"
+    assert [FailureConfig(good).problems() for good in (-1, 0, 3)] == [[], [], []]
+
+
+@pytest.mark.parametrize("policy", ["Stop", "", None, 1, ["stop"]])
+def test_divergence_has_two_policies(policy: Any) -> None:
+    (sentence,) = TrainConfig(on_divergence=policy).problems()
+    assert sentence == f"on_divergence must be one of 'stop', 'lower_learning_rate', got {policy!r}"
+    assert TrainConfig(on_divergence="lower_learning_rate").problems() == []
 
 
 def test_a_path_object_is_a_storage_path() -> None:
@@ -142,6 +179,31 @@ def test_more_workers_than_parts_says_what_to_do() -> None:
     (sentence,) = a_spec(scaling=ScalingConfig(num_workers=9)).problems()
     assert sentence.startswith("scaling.num_workers must be at most train.virtual_workers (8), got 9: ")
     assert a_spec(scaling=ScalingConfig(num_workers=8)).problems() == []
+
+
+@pytest.mark.parametrize(
+    "workers", [(0, 2), (3, 2), (1, 2, 3), (1,), (), (1, 2.0), (True, 2), ("1", "2"), (1, None), "2-6", 2.0, None]
+)
+def test_workers_are_a_number_or_the_least_and_the_most(workers: Any) -> None:
+    allowed = "a whole number >= 1 or a pair of them, the least and the most"
+    assert ScalingConfig(num_workers=workers).problems() == [f"num_workers must be {allowed}, got {workers!r}"]
+
+
+@pytest.mark.parametrize("workers", [0, -1, True])
+def test_a_number_of_workers_that_is_none(workers: int) -> None:
+    assert ScalingConfig(workers).problems() == [f"num_workers must be a whole number >= 1, got {workers!r}"]
+
+
+def test_the_least_workers_are_what_a_run_asks_for() -> None:
+    for given in ((2, 6), [2, 6], np.array([2, 6]).tolist(), (np.int64(2), np.int64(6))):
+        scaling = ScalingConfig(given, num_servers=2, worker_cpus=1.5, server_cpus=0.25)
+        assert (scaling.problems(), scaling.num_workers) == ([], (2, 6))
+        assert (scaling.least_workers, scaling.most_workers, scaling.cpus) == (2, 6, 3.5)
+    one = ScalingConfig(3)
+    assert (one.least_workers, one.most_workers, one.cpus) == (3, 3, 3.5)
+    (sentence,) = a_spec(scaling=ScalingConfig((2, 9))).problems()
+    assert sentence.startswith("scaling.num_workers must be at most train.virtual_workers (8), got (2, 9): ")
+    assert a_spec(scaling=ScalingConfig((2, 8))).problems() == []
 
 
 def test_a_label_is_needed() -> None:
