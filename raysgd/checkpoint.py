@@ -132,13 +132,13 @@ def save(storage: Storage, generation: Generation, layout: Layout, facts: Mappin
             storage.write_atomic(where, save_tensors(tensors))
         where = f"{place}/{MANIFEST}"
         storage.write_atomic(where, text)
-        failpoints.reach("checkpoint.rename")
         where = target
         if place != target:
+            failpoints.reach("checkpoint.rename")
             storage.rename_dir(place, target)
     except OSError as error:
         with contextlib.suppress(OSError):  # the next save will do it
-            storage.delete_dir(place)
+            _delete(storage, place)
         raise _not_saved(storage, where, error) from error
     failpoints.reach("checkpoint.replaced")
     for edition in older:

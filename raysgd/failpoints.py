@@ -42,7 +42,7 @@ NAMES = {
     "storage.close": "the bytes are sent, the file is not closed",
     "storage.remove": "delete_dir or delete_file elsewhere: it is still there",
     "checkpoint.begin": "save: what was left over is gone, nothing is written yet",
-    "checkpoint.rename": "save: all files are written, the checkpoint does not count yet",
+    "checkpoint.rename": "save, locally: all files are written, the checkpoint does not count yet",
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
 }
