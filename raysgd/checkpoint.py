@@ -280,6 +280,8 @@ def _read(storage: Storage, step: int, edition: int) -> Checkpoint:
         layout = layout_of(manifest)
         slots = [str(slot) for slot in manifest["slots"]]
         tensors = manifest["tensors"]
+        if {*tensors} != {PARAMS, STATE}:
+            raise ValueError(f"tensors are of {sorted(tensors)}, not of {PARAMS} and {STATE}")
         params = _tensors(where, PARAMS, tensors[PARAMS], {a.name: a.shape for a in layout.arrays})
         shapes = {f"{slot}/{a.name}": a.shape for slot in slots for a in layout.arrays}
         state = _tensors(where, STATE, tensors[STATE], shapes)

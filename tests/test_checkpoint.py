@@ -284,6 +284,8 @@ def another_name(manifest: dict[str, Any]) -> None:
         set_to("tensors", PARAMS, "bias", value=None),
         set_to("tensors", PARAMS, "extra", value={}),
         set_to("tensors", value=[]),
+        set_to("tensors", "../../x/params.safetensors", value={}),
+        set_to("tensors", "/etc/passwd", value={"root": {"shape": [1], "dtype": "float32", "sha256": "0" * 64}}),
         another_name,
     ],
 )

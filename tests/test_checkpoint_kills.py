@@ -87,6 +87,8 @@ def check(scenario: Scenario, kind: str, run: Path, killed: bool) -> str | None:
     elif point in BEFORE:
         assert found == old, run.name
     assert found in (old, new), run.name
+    for step in checkpoint.steps(storage):
+        assert checkpoint.load(storage, step).skipped == ()
     if found is not None and len(scenario.steps) > 1:
         assert checkpoint.load(storage, "best").step == 20
     save(storage, 60)
