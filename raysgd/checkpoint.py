@@ -4,6 +4,9 @@
                               state.safetensors       the optimizer's, as slot/array
                               manifest.json           written last: step, config, encoder, tensors, digest
 
+A step that is saved again gets another directory, step-00000577.2, before the first one goes: at no moment is there
+less than a whole checkpoint. Names that begin with a dot are of what was being written or deleted; they do not count.
+
 Nothing is unpickled. A checkpoint counts only if its manifest is of our form and ends with the SHA-256 of what stands
 before that, every tensor it names is there with the SHA-256, shape and type that it states, nothing else is, and every
 value is finite.
@@ -11,10 +14,12 @@ value is finite.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -24,16 +29,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from raysgd.errors import CheckpointError, InputError
+from raysgd import failpoints
+from raysgd.errors import CheckpointError, InputError, SaveError
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Array, Layout
 from raysgd.protocol.generation import Generation
-from raysgd.storage import Storage
+from raysgd.storage import DELETING, Storage
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
 MANIFEST, PARAMS, STATE = "manifest.json", "params.safetensors", "state.safetensors"
-_NAME = re.compile(r"step-(\d{8,})")
+#: Of a checkpoint's directory: the step, and how often it was saved if more than once.
+_NAME = re.compile(r"step-([0-9]{8,})(?:\.([0-9]+))?")
+#: Before the name of a directory that is being written, on a disk.
+WRITING = ".writing-"
 #: The end of a manifest: its last key is the SHA-256 of every byte before it.
 _END = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\Z')
 
@@ -66,22 +75,39 @@ class Checkpoint:
         return str(self.manifest["digest"])  # made when it was saved, compared with the arrays when it was read
 
 
-def name(step: int) -> str:
-    """The directory of a step's checkpoint below the run's directory."""
-    return f"{DIRECTORY}/step-{step:08d}"
+def name(step: int, edition: int = 1) -> str:
+    """The directory of a step's checkpoint below the run's directory; ``edition``: the how manieth of this step."""
+    return f"{DIRECTORY}/step-{step:08d}" + (f".{edition}" if edition > 1 else "")
 
 
 def steps(storage: Storage) -> list[int]:
-    """The steps that have a checkpoint directory, ascending, whether it is whole or not."""
-    matches = (_NAME.fullmatch(entry) for entry in storage.list_dirs(DIRECTORY))
-    return sorted(int(m[1]) for m in matches if m)
+    """The steps that have a published checkpoint, ascending, whether it is whole or was damaged since."""
+    return sorted({step for step, _ in _published(storage)})
+
+
+def _published(storage: Storage) -> list[tuple[int, int]]:
+    """(step, edition) of every checkpoint that was published, ascending.
+
+    On a disk the directory's name says so; where nothing can be renamed at once, the manifest's being there.
+    """
+    entries = storage.list_dirs(DIRECTORY) if storage.is_local else storage.list_dirs(DIRECTORY, holding=MANIFEST)
+    return sorted(place for place in map(_place, entries) if place is not None)
+
+
+def _place(entry: str) -> tuple[int, int] | None:
+    """The (step, edition) of which this is the directory, or None."""
+    match = _NAME.fullmatch(entry)
+    place = (int(match[1]), int(match[2] or 1)) if match else None
+    return place if place and name(*place) == f"{DIRECTORY}/{entry}" else None
 
 
 def save(storage: Storage, generation: Generation, layout: Layout, facts: Mapping[str, Any]) -> Checkpoint:
-    """Write and publish a checkpoint; ``facts`` are the manifest's further keys (JSON). An older one of this step goes.
+    """Write and publish a checkpoint, then delete older ones of its step. ``facts``: the manifest's other keys (JSON).
 
     Local directories are published by one rename; on object stores the manifest is put last, and without it
-    nothing counts.
+    nothing counts. What a killed process left half-written or half-deleted goes first.
+
+    Raises SaveError where it cannot be written, with the file and the remedy; what was saved before stays.
     """
     files = {PARAMS: dict(layout.views(generation.params)), STATE: _state_tensors(generation, layout)}
     manifest = {
@@ -94,15 +120,29 @@ def save(storage: Storage, generation: Generation, layout: Layout, facts: Mappin
         **facts,
     }
     text = sealed(manifest)
-    target = name(generation.step)
-    place = f"{DIRECTORY}/.writing-step-{generation.step:08d}" if storage.is_local else target
-    storage.delete_dir(place)
-    for file, tensors in files.items():
-        storage.write_atomic(f"{place}/{file}", save_tensors(tensors))
-    storage.write_atomic(f"{place}/{MANIFEST}", text)
-    if place != target:
-        storage.delete_dir(target)
-        storage.rename_dir(place, target)
+    _clean(storage)
+    failpoints.reach("checkpoint.begin")
+    older = [edition for step, edition in _published(storage) if step == generation.step]
+    target = name(generation.step, max(older, default=0) + 1)
+    place = target.replace("/", f"/{WRITING}") if storage.is_local else target
+    where = place
+    try:
+        for file, tensors in files.items():
+            where = f"{place}/{file}"
+            storage.write_atomic(where, save_tensors(tensors))
+        where = f"{place}/{MANIFEST}"
+        storage.write_atomic(where, text)
+        where = target
+        if place != target:
+            failpoints.reach("checkpoint.rename")
+            storage.rename_dir(place, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the next save will do it
+            _delete(storage, place)
+        raise _not_saved(storage, where, error) from error
+    failpoints.reach("checkpoint.replaced")
+    for edition in older:
+        _delete(storage, name(generation.step, edition))
     return Checkpoint(storage.child(target).uri, manifest, generation)
 
 
@@ -114,32 +154,38 @@ def load(storage: Storage, which: str | int = "last") -> Checkpoint:
 
     Raises CheckpointError where none can be used, InputError where ``which`` is none of the three.
     """
-    if isinstance(which, int):
-        return _read(storage, which)
-    if which not in ("last", "best"):
+    if not isinstance(which, int) and which not in ("last", "best"):
         raise InputError(f"which must be 'best', 'last' or a step, got {which!r}")
     skipped: list[str] = []
-    for step in _candidates(storage, which, skipped):
+    for step, edition in _candidates(storage, which, skipped):
         try:
-            found = _read(storage, step)
+            found = _read(storage, step, edition)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
         return Checkpoint(found.path, found.manifest, found.generation, tuple(skipped))
+    if isinstance(which, int):
+        raise CheckpointError("; ".join(skipped))
     if not skipped:
         raise CheckpointError(f"{storage.uri} has no checkpoint")
     raise CheckpointError(f"{storage.uri} has no checkpoint that can be used: " + "; ".join(skipped))
 
 
 def prune(storage: Storage, keep: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one; None keeps all."""
+    """Delete all but the ``keep`` newest checkpoints and the best one; None keeps all.
+
+    What a later attempt saved is newer, also where its step is smaller: an attempt begins below the checkpoints that it
+    found damaged, and those must not count for good ones.
+    """
     if keep is None:
         return
-    present = steps(storage)
-    best = next(iter(_candidates(storage, "best", [])), None)
-    for step in present[:-keep]:
-        if step != best:
-            storage.delete_dir(name(step))
+    manifests = _manifests(storage, [])
+    by_age = sorted(_published(storage), key=lambda place: (_attempt(manifests.get(place, {})), *place))
+    best = _best_first(manifests)[:1]
+    for place in by_age[:-keep]:
+        if place not in best or _loss(manifests[place]) == math.inf:
+            failpoints.reach("checkpoint.prune")
+            _delete(storage, name(*place))
 
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
@@ -161,29 +207,81 @@ def layout_of(manifest: Mapping[str, Any]) -> Layout:
     return layout
 
 
-def _candidates(storage: Storage, which: str, skipped: list[str]) -> Iterator[int]:
-    """Steps in the order in which they should be tried."""
-    newest_first = steps(storage)[::-1]
+def _clean(storage: Storage) -> None:
+    """Delete what a killed process left: directories half-written or half-deleted, none of which counts."""
+    if not storage.is_local:
+        present = [place for place in map(_place, storage.list_dirs(DIRECTORY)) if place is not None]
+        left = [name(*place) for place in sorted({*present} - {*_published(storage)})]
+    else:
+        entries = [e for e in storage.list_dirs(DIRECTORY) if e.startswith((WRITING, DELETING))]
+        left = [DELETING + DIRECTORY, *(f"{DIRECTORY}/{entry}" for entry in entries)]
+    for directory in left:
+        storage.delete_dir(directory)
+
+
+def _delete(storage: Storage, directory: str) -> None:
+    """Delete a checkpoint: it counts whole, or not at all."""
+    if not storage.is_local:
+        storage.delete_file(f"{directory}/{MANIFEST}")
+    storage.delete_dir(directory)
+
+
+def _not_saved(storage: Storage, where: str, error: OSError) -> SaveError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space there, or keep fewer checkpoints (run.num_to_keep)"
+    else:
+        remedy = "see to it that it can be written"
+    return SaveError(
+        f"{storage.uri}/{where} could not be written: {error.strerror or error}. What was saved before "
+        f"stays: {remedy}, then the same command continues the run"
+    )
+
+
+def _candidates(storage: Storage, which: str | int, skipped: list[str]) -> list[tuple[int, int]]:
+    """(step, edition) in the order in which they should be tried."""
+    if which == "best":
+        return _best_first(_manifests(storage, skipped))
+    newest_first = _published(storage)[::-1]
     if which == "last":
-        return iter(newest_first)
-    losses: dict[int, float] = {}
-    for step in newest_first:
+        return newest_first
+    return [place for place in newest_first if place[0] == which] or [(int(which), 1)]
+
+
+def _manifests(storage: Storage, skipped: list[str]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The manifests that can be read, by (step, edition), the newest first; sentences about the others."""
+    found = {}
+    for place in _published(storage)[::-1]:
         try:
-            loss = _manifest(storage, step).get("metrics", {}).get("valid_loss")
+            found[place] = _manifest(storage, *place)
         except CheckpointError as error:
             skipped.append(str(error))
-            continue
-        losses[step] = loss if isinstance(loss, int | float) and loss < math.inf else math.inf  # NaN is not
-    return iter(sorted(losses, key=lambda step: losses[step]))  # stable: the newest of equals
+    return found
 
 
-def _read(storage: Storage, step: int) -> Checkpoint:
-    where = storage.child(name(step))
-    manifest = _manifest(storage, step)
+def _best_first(manifests: Mapping[tuple[int, int], Mapping[str, Any]]) -> list[tuple[int, int]]:
+    return sorted(manifests, key=lambda place: _loss(manifests[place]))  # stable: the newest of equals
+
+
+def _loss(manifest: Mapping[str, Any]) -> float:
+    """The validation loss, infinite where there is none."""
+    loss = manifest.get("metrics", {}).get("valid_loss")
+    return loss if isinstance(loss, int | float) and loss < math.inf else math.inf  # NaN is not
+
+
+def _attempt(manifest: Mapping[str, Any]) -> int:
+    attempt = manifest.get("attempt")
+    return attempt if isinstance(attempt, int) else 0
+
+
+def _read(storage: Storage, step: int, edition: int) -> Checkpoint:
+    where = storage.child(name(step, edition))
+    manifest = _manifest(storage, step, edition)
     try:
         layout = layout_of(manifest)
         slots = [str(slot) for slot in manifest["slots"]]
         tensors = manifest["tensors"]
+        if {*tensors} != {PARAMS, STATE}:
+            raise ValueError(f"tensors are of {sorted(tensors)}, not of {PARAMS} and {STATE}")
         params = _tensors(where, PARAMS, tensors[PARAMS], {a.name: a.shape for a in layout.arrays})
         shapes = {f"{slot}/{a.name}": a.shape for slot in slots for a in layout.arrays}
         state = _tensors(where, STATE, tensors[STATE], shapes)
@@ -198,8 +296,8 @@ def _read(storage: Storage, step: int) -> Checkpoint:
     return Checkpoint(where.uri, manifest, generation)
 
 
-def _manifest(storage: Storage, step: int) -> dict[str, Any]:
-    path = f"{name(step)}/{MANIFEST}"
+def _manifest(storage: Storage, step: int, edition: int) -> dict[str, Any]:
+    path = f"{name(step, edition)}/{MANIFEST}"
     try:
         text = storage.read(path)
         manifest = json.loads(text)

@@ -323,7 +323,7 @@ def _stored_tables(storage: Any) -> dict[str, Any] | None:
     """The sections of the run's stored config as they are, or None where they cannot be read."""
     try:
         return tomllib.loads(storage.read(CONFIG).decode())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

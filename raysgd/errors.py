@@ -39,6 +39,10 @@ class RunError(RaysgdError):
     """A run could not go on: an actor died, resources did not come, a step diverged (exit code 1)."""
 
 
+class SaveError(RunError):
+    """A checkpoint could not be written, as on a full disk; what was saved before stays."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was asked to end (Ctrl-C: 130, SIGTERM: 143); what it had is in a checkpoint."""
 

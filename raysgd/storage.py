@@ -5,10 +5,13 @@ Names are relative to the directory and never leave it. What is read back is byt
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import Any
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from raysgd import failpoints
 from raysgd.errors import InputError
 
 #: Stores without directories: nothing is created before a put.
@@ -25,6 +29,9 @@ _OBJECT_STORES = ("s3", "gcs", "abfs")
 
 #: The file of a local directory that :meth:`Storage.lock` locks.
 LOCK = ".lock"
+
+#: Where a directory lies while it is deleted: beside itself, out of sight.
+DELETING = ".deleting-"
 
 
 @dataclass(frozen=True)
@@ -93,17 +100,19 @@ class Storage:
         return f"{self.base}/{name}"
 
     def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
+        """The whole file. Raises FileNotFoundError, and OSError where it is no file: a pipe would never end."""
         path = self.path(name)
         if self.is_local:
-            return Path(path).read_bytes()
+            with open(path, "rb", opener=_open_file) as file:
+                return file.read()
         with self.filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Replaces the file: a reader, also after a crash, sees the old bytes or the new ones, never a mixture.
 
-        Local: a temporary file, fsync, rename, fsync of the directory. Object stores: one put.
+        Local: a temporary file, fsync, rename, fsync of the directory. Object stores: one put. What a killed write of
+        this file left over goes.
         """
         path = self.path(name)
         if self.is_local:
@@ -111,8 +120,10 @@ class Storage:
             return
         if self.filesystem.type_name not in _OBJECT_STORES:
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        failpoints.reach("storage.put")
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
+            failpoints.reach("storage.close")
 
     def append(self, name: str, text: str) -> None:
         """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file."""
@@ -129,9 +140,17 @@ class Storage:
         """Whether there is a file or a directory of that name."""
         return bool(self.filesystem.get_file_info(self.path(name)).type != FileType.NotFound)
 
-    def list_dirs(self, name: str = "") -> list[str]:
-        """The names of the directories in ``name``, sorted; [] where there is no such directory."""
-        return self._list(name, FileType.Directory)
+    def list_dirs(self, name: str = "", holding: str | None = None) -> list[str]:
+        """The names of the directories in ``name``, sorted; [] where there is no such directory.
+
+        holding: only those that have a file of this name; however many there are, it is one listing
+        """
+        if holding is None:
+            return self._list(name, FileType.Directory)
+        path = self.path(name)
+        selector = FileSelector(path, recursive=True, allow_not_found=True)
+        files = [i.path.split("/") for i in self.filesystem.get_file_info(selector) if i.type == FileType.File]
+        return sorted(p[-2] for p in files if p[-1] == holding and p[-3:-2] == [path.rpartition("/")[2]])
 
     def list_files(self, name: str = "") -> list[str]:
         """The names of the files in ``name``, sorted; [] where there is no such directory."""
@@ -143,12 +162,15 @@ class Storage:
         return sorted(info.base_name for info in found if info.type == kind)
 
     def delete_dir(self, name: str) -> None:
-        """Deletes a directory and all in it; nothing happens where there is none."""
+        """Deletes a directory and all in it; nothing happens where there is none.
+
+        Local: it is there whole or gone; a kill can leave parts of it under a name that begins with ``DELETING``.
+        """
         path = self.path(name)
         if self.is_local:
-            shutil.rmtree(path, ignore_errors=not os.path.lexists(path))
-            _sync_directory(Path(path).parent)
+            _delete_local(Path(path))
         elif self.exists(name):
+            failpoints.reach("storage.remove")
             self.filesystem.delete_dir(path)
 
     def refuse_unwritable(self) -> None:
@@ -188,6 +210,7 @@ class Storage:
     def delete_file(self, name: str) -> None:
         """Deletes a file; nothing happens where there is none."""
         if self.exists(name):
+            failpoints.reach("storage.remove")
             self.filesystem.delete_file(self.path(name))
 
     def rename_dir(self, old: str, new: str) -> None:
@@ -203,27 +226,78 @@ class Storage:
             self.filesystem.move(source, target)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
+        failpoints.reach("storage.rename")
         os.rename(source, target)
         _sync_directory(Path(target).parent)
 
 
 def _replace_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_leftovers(path)
+    failpoints.reach("storage.create")
     # The name is ours alone, so two writers never share a temporary file; a leading dot hides it from listings.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
+            failpoints.reach("storage.write")
             file.write(data)
             file.flush()
+            failpoints.reach("storage.fsync")
             os.fsync(file.fileno())
+        failpoints.reach("storage.replace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
 
 
+def _delete_leftovers(path: Path) -> None:
+    """Deletes the temporary files of this file whose writers were killed."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9]+)-[0-9a-f]{8}\.tmp")
+    for name in os.listdir(path.parent):
+        match = pattern.fullmatch(name)
+        if match and not _lives(int(match[1])):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this number is there; on another host, where it cannot be seen, it counts as gone."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Opens a regular file, or a link to one; whatever else has the name is refused before it is read."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a file", path)
+
+
+def _delete_local(path: Path) -> None:
+    hidden = path if path.name.startswith(DELETING) else path.with_name(DELETING + path.name)
+    if os.path.lexists(hidden):  # a kill left it over
+        shutil.rmtree(hidden)
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "no directory: delete it yourself", str(path))
+    failpoints.reach("storage.delete")
+    os.rename(path, hidden)
+    _sync_directory(path.parent)
+    failpoints.reach("storage.empty")
+    shutil.rmtree(hidden)
+
+
 def _sync_directory(path: Path) -> None:
     """Makes a rename in this directory survive a power cut."""
+    failpoints.reach("storage.sync")
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

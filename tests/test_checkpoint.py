@@ -86,13 +86,46 @@ def test_an_optimizer_without_state(tmp_path: Path) -> None:
     assert saved.state == {} == checkpoint.load(storage).state
 
 
-def test_saving_again_replaces(storage: Storage, newest: Path) -> None:
-    (newest / "leftover").touch()
-    other = Generation(20, generation(3).params, generation(3).state)
-    checkpoint.save(storage, other, LAYOUT, {})
-    assert checkpoint.load(storage, 20).digest() == other.digest()
-    assert sorted(p.name for p in newest.iterdir()) == [MANIFEST, PARAMS, STATE]
-    assert checkpoint.steps(storage) == [10, 20]
+def test_saving_again_replaces(storage: Storage) -> None:
+    for edition in (2, 3):
+        other = Generation(20, generation(edition).params, generation(edition).state)
+        saved = checkpoint.save(storage, other, LAYOUT, {})
+        for which in (20, "last"):
+            found = checkpoint.load(storage, which)  # type: ignore[arg-type]
+            assert (found.digest(), found.path, found.skipped) == (other.digest(), saved.path, ())
+        assert sorted(p.name for p in Path(saved.path).iterdir()) == [MANIFEST, PARAMS, STATE]
+        assert contents(storage) == ["step-00000010", f"step-00000020.{edition}"]
+        assert checkpoint.steps(storage) == [10, 20]
+
+
+def contents(storage: Storage) -> list[str]:
+    return sorted(path.name for path in Path(storage.path(checkpoint.DIRECTORY)).iterdir())
+
+
+def test_of_two_editions_the_later_counts_unless_it_is_damaged(storage: Storage, newest: Path) -> None:
+    first = newest.with_name("first")
+    newest.rename(first)
+    shutil.copytree(first, newest)  # as if the next save had been killed before it deleted this one
+    first.rename(newest.with_name("step-00000020.2"))
+    assert checkpoint.load(storage, 20).path == f"{newest}.2"
+    (newest.with_name("step-00000020.2") / PARAMS).write_bytes(b"")
+    for which in (20, "last", "best"):
+        found = checkpoint.load(storage, which)  # type: ignore[arg-type]
+        assert found.path == str(newest)
+        (sentence,) = found.skipped
+        assert "step-00000020.2" in sentence
+    checkpoint.save(storage, generation(20), LAYOUT, {})
+    assert contents(storage) == ["step-00000010", "step-00000020.3"]
+
+
+@pytest.mark.parametrize(
+    "entry", ["step-20", "step-000000020", "step-00000020.1", "step-00000020.02", "step-00000020.", "step-٠٠٠٠٠٠٢٠"]
+)
+def test_only_names_that_save_gives_count(storage: Storage, newest: Path, entry: str) -> None:
+    shutil.copytree(newest, newest.with_name(entry))
+    assert checkpoint.load(storage, 20).path == str(newest)
+    checkpoint.prune(storage, 1)
+    assert contents(storage) == sorted(["step-00000020", entry])
 
 
 def test_what_was_being_written_does_not_count(storage: Storage, newest: Path) -> None:
@@ -101,6 +134,19 @@ def test_what_was_being_written_does_not_count(storage: Storage, newest: Path) -
     assert checkpoint.steps(storage) == [10, 20]
     shutil.copytree(newest, newest.with_name("step-00000030"))  # of step 20, as its manifest says
     assert checkpoint.load(storage, "last").step == 20
+
+
+def test_prune_does_not_take_what_an_earlier_attempt_left_damaged_for_the_newest(tmp_path: Path) -> None:
+    """The second attempt found 30 and 40 damaged, so it began at 20 and has saved 30 again."""
+    storage = Storage.open(tmp_path)
+    for step, attempt in ((10, 1), (20, 1), (30, 1), (40, 1)):
+        checkpoint.save(storage, generation(step), LAYOUT, {"attempt": attempt})
+    for step in (30, 40):
+        (Path(storage.path(checkpoint.name(step))) / PARAMS).write_bytes(b"")
+    assert checkpoint.load(storage).step == 20
+    checkpoint.save(storage, generation(30), LAYOUT, {"attempt": 2})
+    checkpoint.prune(storage, 1)
+    assert (checkpoint.load(storage).step, contents(storage)) == (30, ["step-00000030.2"])
 
 
 @pytest.mark.parametrize("keep", [1, 2, None])
@@ -238,6 +284,8 @@ def another_name(manifest: dict[str, Any]) -> None:
         set_to("tensors", PARAMS, "bias", value=None),
         set_to("tensors", PARAMS, "extra", value={}),
         set_to("tensors", value=[]),
+        set_to("tensors", "../../x/params.safetensors", value={}),
+        set_to("tensors", "/etc/passwd", value={"root": {"shape": [1], "dtype": "float32", "sha256": "0" * 64}}),
         another_name,
     ],
 )

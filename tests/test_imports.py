@@ -27,6 +27,9 @@ ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "s
 ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report"}
+# A failpoint can be anywhere.
+ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
+ROOMS["failpoints"] = {"errors"}
 ROOMS["runtime"] = set(ROOMS)
 ROOMS["cli"] = {*ROOMS, "__init__"}
 ROOMS["__init__"] = set(ROOMS) - {"cli"}
@@ -35,6 +38,7 @@ ROOMS["__main__"] = {"cli"}
 #: What a room may import from outside the standard library, where that is a promise.
 OUTSIDE = {
     "errors": set(),
+    "failpoints": set(),
     "learn": {"numpy"},
     "protocol": {"numpy"},
     "simulate": {"numpy"},
@@ -132,6 +136,8 @@ def test_jobs_use_the_installed_package_alone(script: Path) -> None:
         ("raysgd.learn.models.mlp", "from ...data.encode import Encoder", "learn may not import data"),
         ("raysgd.learn.models.mlp", "from raysgd import data", "learn may not import data"),
         ("raysgd.protocol.shard", "import raysgd.runtime.server", "protocol may not import runtime"),
+        ("raysgd.failpoints", "from raysgd.storage import Storage", "failpoints may not import storage"),
+        ("raysgd.failpoints", "import numpy", "failpoints may not import numpy"),
         ("raysgd.protocol.shard", "import raysgd", "protocol may not import __init__"),
         ("raysgd.report.progress", "from raysgd.runtime.trainer import Trainer", "report may not import runtime"),
         ("raysgd.runtime.trainer", "from raysgd.cli import main", "runtime may not import cli"),
@@ -154,6 +160,7 @@ def test_a_planted_violation_is_found(module: str, source: str, sentence: str) -
     ("module", "source"),
     [
         ("raysgd.learn.models.mlp", "from . import base\nfrom ..losses import Logistic\nimport numpy as np, math"),
+        ("raysgd.learn.losses", "from raysgd import failpoints"),
         ("raysgd.data.encode", "import pyarrow.compute as pc\nfrom raysgd.learn.batch import Batch"),
         ("raysgd.runtime.trainer", "import ray\nfrom ray.util import metrics\nfrom raysgd.fitted import Fitted"),
     ],

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
+from raysgd import failpoints
 from raysgd.errors import InputError
-from raysgd.storage import Storage
+from raysgd.storage import DELETING, Storage
 
 
 @pytest.fixture(params=["local", "uri", "remote"])
@@ -108,6 +109,79 @@ def test_a_failed_write_leaves_the_old_bytes_alone(
         storage.write_atomic("a", b"new")
     assert storage.read("a") == b"old"
     assert storage.list_files() == ["a"]
+
+
+def test_what_a_killed_write_left_goes_at_the_next_write_of_that_file(tmp_path: Path) -> None:
+    """Not what a living process is writing, and nothing with another name."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    dead, living = f".a.{done.pid}-0123abcd.tmp", f".a.{os.getpid()}-0123abcd.tmp"
+    others = [f".b.{done.pid}-0123abcd.tmp", f"a.{done.pid}-0123abcd.tmp", ".a.tmp", f".a.{'9' * 40}-0123ABCD.tmp"]
+    for name in (dead, living, *others):
+        (tmp_path / name).touch()
+    storage = Storage.open(tmp_path)
+    storage.write_atomic("a", b"new")
+    assert storage.read("a") == b"new"
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", living, *others])
+
+
+def test_a_directory_goes_whole_before_its_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage.open(tmp_path)
+    storage.write_atomic("old/a", b"1")
+    monkeypatch.setattr(failpoints, "reach", lambda name: seen.append((name, storage.list_dirs())))
+    seen: list[tuple[str, list[str]]] = []
+    storage.delete_dir("old")
+    hidden = f"{DELETING}old"
+    assert seen == [("storage.delete", ["old"]), ("storage.sync", [hidden]), ("storage.empty", [hidden])]
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_deletion_left_goes_at_the_next_one(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    for name in (f"{DELETING}old/a", "old/b", f"{DELETING}gone/c"):
+        storage.write_atomic(name, b"")
+    for name in ("old", "gone"):
+        storage.delete_dir(name)
+    assert os.listdir(tmp_path) == []
+    storage.write_atomic(f"{DELETING}old/a", b"")
+    storage.delete_dir(f"{DELETING}old")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_only_a_directory_is_deleted_as_one(tmp_path: Path, kind: str) -> None:
+    storage = Storage.open(tmp_path / "run")
+    storage.write_atomic("far/a", b"1")
+    if kind == "link":
+        (tmp_path / "run" / "x").symlink_to("far")
+    else:
+        storage.write_atomic("x", b"")
+    with pytest.raises(NotADirectoryError, match="no directory: delete it yourself"):
+        storage.delete_dir("x")
+    assert sorted(os.listdir(tmp_path / "run")) == ["far", "x"]
+    assert storage.read("far/a") == b"1"
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "link").symlink_to("file")
+    storage = Storage.open(tmp_path)
+    for name in ("pipe", "zeros", "directory"):
+        with pytest.raises(OSError, match="not a file"):
+            storage.read(name)
+    assert storage.read("link") == b"1"
+
+
+def test_directories_that_hold_a_file(storage: Storage) -> None:
+    assert storage.list_dirs("top", holding="m") == []
+    for name in ("top/a/m", "top/b/n", "top/c/m/m", "top/d/e/m", "top/m", "m"):
+        storage.write_atomic(name, b"")
+    assert storage.list_dirs("top", holding="m") == ["a"]
+    assert storage.list_dirs(holding="m") == ["top"]
 
 
 def test_a_write_is_in_the_file_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
