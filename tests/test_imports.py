@@ -26,7 +26,8 @@ ROOMS["checkpoint"] = {"errors", "learn", "data", "protocol", "storage"}
 ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "spec", "config"}
 ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
-ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report"}
+ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
+ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 # A failpoint can be anywhere.
 ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
 ROOMS["failpoints"] = {"errors"}

@@ -226,7 +226,7 @@ def check(
     for shard in by_shard:
         found += _incarnation_problems([r for r in written if r.shard == shard])
     if sampler is not None and not found:
-        found += _row_problems(by_shard, sampler, begin, end)
+        found += row_problems(by_shard, sampler, begin, end)
     return found
 
 
@@ -303,7 +303,7 @@ def _incarnations(record: Record) -> dict[int, int]:
     }
 
 
-def _row_problems(by_shard: dict[int, list[Record]], sampler: Rows, begin: int, end: int) -> list[str]:
+def row_problems(by_shard: dict[int, list[Record]], sampler: Rows, begin: int, end: int) -> list[str]:
     """I1: over each whole epoch every row id once. by_shard: records that cover every step once, see above"""
     found = []
     per_epoch = sampler.steps_per_epoch

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from raysgd import checkpoint as checkpoints
+from raysgd.audit import Ledger
 from raysgd.errors import DivergedError, RunError
 from raysgd.learn.metrics import combine
 from raysgd.learn.parameters import Range
 from raysgd.learn.schedules import next_multiple
 from raysgd.plan import Plan
+from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation, join
 from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
@@ -66,11 +68,18 @@ class Attempt:
     def begin(self, generation: Generation | None) -> None:
         """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
         self.step = 0 if generation is None else generation.step
+        assert self.ledger.end(0) == self.step
         self.crew.begin(self.plan.shards(generation))
 
     @cached_property
     def crew(self) -> Crew:
-        return Crew(self.gang, self.plan, lambda: self.curve.step, self.report.say)
+        crew = Crew(self.gang, self.plan, lambda: self.curve.step, self.report.say)
+        crew.settled = self._settled
+        return crew
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.storage, self.attempt, self.step)
 
     def run(self) -> None:
         """Train to the end, with validation and checkpoints on the way."""
@@ -120,6 +129,7 @@ class Attempt:
         facts |= {"epoch": step / self.plan.steps_per_epoch, "curve": self.curve.open_line}
         facts["canary"] = self.crew.canary
         self.settle()
+        self.ledger.flush()  # before the checkpoint counts: what is in it is told
         self._saved_at = time.monotonic()
         self._saving = self._writer.submit(self._publish, generation, facts)
 
@@ -270,19 +280,31 @@ class Attempt:
         return DivergedError(self.plan.rounds.begin(version), f"{said}; {kept}. {remedy}")
 
     def _read_commits(self, below: int | None = None) -> None:
-        """Take shard 0's new commits of steps below ``below`` into the curve.
+        """Take the new commits of steps below ``below`` into the ledger, those of shard 0 into the curve.
 
         Unless the caller knows better, the newest is left out: shard 0 alone has it for certain, while the pushes that
         completed it prove that all shards sealed the step before.
         """
-        before, rounds = self.curve.step, self.plan.rounds
-        since = rounds.at(before)
-        commits = self.gang.call([self.gang.server_actors[0].commits.remote(since)], "reading the commits of server 0")[
-            0
-        ]
-        in_steps = [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
-        self.curve.extend(in_steps[:-1] if below is None else [c for c in in_steps if c.step < below])
+        before, rounds, servers = self.curve.step, self.plan.rounds, self.gang.server_actors
+        since = [before, *(self.ledger.end(i) for i in range(1, len(servers)))]
+        reading = [s.commits.remote(rounds.at(step)) for s, step in zip(servers, since, strict=True)]
+        by_server = [self._in_steps(found) for found in self.gang.call(reading, "reading the commits")]
+        first = by_server[0]
+        self.curve.extend(first[:-1] if below is None else [c for c in first if c.step < below])
+        for shard, commits in enumerate(by_server):
+            counted = [c for c in commits if c.step < self.curve.step]
+            self.ledger.take(shard, counted, self.crew.parts(), self.gang.replaced[shard])
         if self.curve.step > before:
             self.crew.committed(self.curve.step)
-        if self.curve.step > before and self.curve.recent is not None:
-            self.report.train(self.curve.step, **self.curve.recent)
+            if self.curve.recent is not None:
+                self.report.train(self.curve.step, **self.curve.recent)
+
+    def _in_steps(self, commits: list[Commit]) -> list[Commit]:
+        """Commits of rounds as commits of steps."""
+        rounds = self.plan.rounds
+        return [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
+
+    def _settled(self, version: int) -> None:
+        """Everybody has stopped and others will carry on: what was committed is noted under who committed it."""
+        self._read_commits(self.plan.rounds.begin(version))
+        self.ledger.flush()

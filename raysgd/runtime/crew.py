@@ -20,6 +20,7 @@ import ray
 
 from raysgd.errors import RunError
 from raysgd.plan import Plan
+from raysgd.protocol.ledger import Parts
 from raysgd.protocol.membership import (
     Assign,
     Committed,
@@ -84,6 +85,8 @@ class Crew:
         self._due = False
         self._site = here()
         self._began = time.monotonic()
+        #: called with the version that all servers hold, when everybody has stopped and before others carry on
+        self.settled: Callable[[int], None] = lambda _version: None
         gang.watch = self._pulse
 
     def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
@@ -101,8 +104,7 @@ class Crew:
     def pause(self) -> int:
         """Have everybody stop; the newest version that all servers hold."""
         self.surviving(self._stop_runs)
-        clocks = self.call(lambda: [s.clocks.remote() for s in self.gang.server_actors], "reading the clocks")
-        return min(int(c.min()) for c in clocks)
+        return self.surviving(self._version)
 
     def resume(self) -> None:
         """Deal the virtual workers anew after a pause: who was stopped has begun steps that others finished."""
@@ -139,6 +141,11 @@ class Crew:
         asked = [self.gang.workers[n].actor.suspect.remote(share, version) for n, share in self.shares.items()]
         found = [suspect for suspect in self.gang.call(asked, "looking for the row") if suspect is not None]
         return max(found, default=None)
+
+    def parts(self) -> Parts:
+        """The nodes that are pushed under the present assignments, left to right, and their incarnations."""
+        told = ((n, share.assignment.incarnations_of(n)) for share in self.shares.values() for n in share.nodes)
+        return tuple(sorted(told))
 
     # -- what is done by everybody
 
@@ -272,6 +279,8 @@ class Crew:
                 self._stop_runs()
                 self._await_carriers()
                 self._due = self.pulled = False
+                if self.shares:
+                    self.settled(self._version())
                 self.membership.refence()  # who was stopped has memory that nobody reads any more
                 self._deal()
             except ActorLostError as error:
@@ -302,6 +311,11 @@ class Crew:
                 self._due = True
             if isinstance(decision, Fail):
                 raise RunError(decision.why)
+
+    def _version(self) -> int:
+        """The newest version that all servers hold."""
+        clocks = self.gang.call([s.clocks.remote() for s in self.gang.server_actors], "reading the clocks")
+        return min(int(c.min()) for c in clocks)
 
     def _stop_runs(self) -> None:
         """Have every call of ``run`` end, and wait for that; nobody pushes any more."""

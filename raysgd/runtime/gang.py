@@ -62,6 +62,8 @@ class Gang:
         self.workers: dict[int, Member] = {}
         self.asked: dict[int, Asked] = {}
         self.servers: list[Member] = []
+        #: how often each server was replaced
+        self.replaced: list[int] = []
         #: each server's node, and where its parameters are shared
         self.boards: list[Place] = []
         #: by node: a server that holds the memory of those there, to take the place of one of them
@@ -102,6 +104,7 @@ class Gang:
         self._await_placed(servers, deadline)
         ready = call([ref for a in servers for ref in (a.process.remote(), a.site.remote())], "starting the servers")
         self.servers = [Member(a, ready[2 * i], ready[2 * i + 1]) for i, a in enumerate(servers)]
+        self.replaced = [0] * len(servers)
         for number in list(self.asked):
             self._adopt(number)
         for _ in range(scaling.most_workers - least):
@@ -203,6 +206,7 @@ class Gang:
             ray.kill(spare.actor)
             return False
         self.servers[index] = spare
+        self.replaced[index] += 1
         self.meet()
         return True
 
