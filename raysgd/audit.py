@@ -50,10 +50,11 @@ class Ledger:
             storage.write_atomic(NAME, text.encode())
         #: everything written so far, folded, and the lines that this attempt adds
         self._lines: list[Line] = parse(text)
+        #: the lines as they are in the file, by their place
+        self._written = dict(enumerate(self._lines))
         if self._lines or begin:
             rollback(self._lines, begin, attempt)
         self._timeline = max((line.timeline for line in self._lines), default=0)
-        self._first = len(self._lines) - 1 if self._lines else 0
         self._ends: dict[int, int] = {}
         self._begin = begin
 
@@ -74,12 +75,11 @@ class Ledger:
             self._ends[shard] = commit.step + commit.steps
 
     def flush(self) -> None:
-        """Append what is new; the newest record of each shard again, as it has grown."""
-        text = "".join(f"{to_line(line)}\n" for line in self._lines[self._first :])
-        if text:
-            self._storage.append(NAME, text)
-        newest = {line.shard: i for i, line in enumerate(self._lines) if isinstance(line, Record)}
-        self._first = min([i for i in newest.values() if i >= self._first], default=len(self._lines))
+        """Append what is new, and the newest record of each shard again, if it has grown."""
+        changed = [i for i, line in enumerate(self._lines) if self._written.get(i) is not line]
+        if changed:
+            self._storage.append(NAME, "".join(f"{to_line(self._lines[i])}\n" for i in changed))
+        self._written |= {i: self._lines[i] for i in changed}
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,21 @@ def inspect(run: str) -> Outcome:
 @cli.command()
 @_run
 @told
+def audit(run: str) -> Outcome:
+    """Check from RUN's ledger and checkpoints that every row and every update counted exactly once."""
+    from raysgd.audit import audit as audited
+    from raysgd.storage import Storage
+
+    path = find_run(run)
+    found = audited(Storage.open(path))
+    if found.problems:
+        raise RunError("\n  - ".join([f"{path}: it does not hold that all counted once", *found.problems]))
+    return {"run": path, **asdict(found)}, summary.audited
+
+
+@cli.command()
+@_run
+@told
 def digest(run: str) -> Outcome:
     """The SHA-256 of RUN's last parameters, optimizer state and step: the same for any workers and servers."""
     from raysgd import checkpoint

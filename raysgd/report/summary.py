@@ -88,6 +88,19 @@ def digest(facts: Facts) -> str:
     return str(facts["digest"])
 
 
+def audited(facts: Facts) -> str:
+    """What came out of ``audit``."""
+    how = "each row once an epoch" if facts["rows"] else "the rows themselves not checked: the data is not there"
+    return "\n".join(
+        [
+            f"{facts['steps']:,} steps: committed once by every server, from every virtual worker; {how}",
+            f"{facts['checkpoints']:,} checkpoints: whole",
+            f"attempts: {facts['attempts']}; virtual workers dealt: {facts['dealt']} times; servers replaced: "
+            f"{facts['replaced']}; gone back to a checkpoint: {facts['rolled_back']} times",
+        ]
+    )
+
+
 def inspected(facts: Facts) -> str:
     """What came out of ``inspect``."""
     status = facts["status"] or {"state": "never started"}

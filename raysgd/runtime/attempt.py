@@ -20,7 +20,7 @@ import numpy as np
 
 from raysgd import checkpoint as checkpoints
 from raysgd.audit import Ledger
-from raysgd.errors import DivergedError, RunError
+from raysgd.errors import DivergedError, RunError, SaveError
 from raysgd.learn.metrics import combine
 from raysgd.learn.parameters import Range
 from raysgd.learn.schedules import next_multiple
@@ -144,10 +144,10 @@ class Attempt:
         saving, self._saving = self._saving, None
         try:
             saving.result()
-        except OSError as error:
+        except SaveError as error:
             if self.step >= self.plan.end_step:
-                raise RunError(f"the last checkpoint could not be written: {error}") from error
-            self.report.say(f"warning: a checkpoint could not be written: {error}; the one before it stays")
+                raise
+            self.report.say(f"warning: {error}; the checkpoint before it stays")
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, however the attempt ended."""

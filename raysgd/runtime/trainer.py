@@ -111,6 +111,8 @@ class Trainer:
         )
         self.fresh = fresh
         self._plan: Plan | None = None
+        #: the newest of each virtual worker, from one gang of actors to the next
+        self._incarnations: list[int] | None = None
         self.report = report_to(sys.stdout) if report is None else report
         if problems := self.spec.problems():
             raise InputError(problems)
@@ -282,6 +284,10 @@ class Trainer:
             attempt.scores = begin.scores
             if begin.checkpoint is not None:
                 attempt.crew.canary = begin.checkpoint.manifest.get("canary")
+            incarnations = attempt.crew.membership.incarnations
+            if self._incarnations is not None:  # no push from before a return to a checkpoint passes for one of now
+                incarnations[:] = self._incarnations
+            self._incarnations = incarnations
             generation = None if begin.checkpoint is None else begin.checkpoint.generation
             attempt.begin(generation)
             if generation is not None:

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 from ray_runs import curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
+from raysgd.audit import audit
 from raysgd.errors import RunError
 from raysgd.report.progress import Silent
 from raysgd.runtime.guard import descendants
 from raysgd.runtime.trainer import Result, Trainer
+from raysgd.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -66,10 +68,14 @@ def undisturbed(place: Path, truth: str) -> list[dict[str, Any]]:
 
 
 def fit(place: Path, name: str, workers: Any, servers: int, **settings: Any) -> tuple[Result, list[str]]:
+    """Train; the ledger of a run that ends well holds, too."""
     scaling = {"scaling__num_workers": workers, "scaling__num_servers": servers}
     said = Said()
     spec = spec_of(place, run__name=name, **SETTINGS, **scaling, **settings)
-    return Trainer.from_spec(spec, report=said).fit(), said.lines
+    result = Trainer.from_spec(spec, report=said).fit()
+    found = audit(Storage.open(place / "runs" / name))
+    assert (found.problems, found.steps, found.rows) == ((), END, True)
+    return result, said.lines
 
 
 def actors(kind: str) -> list[int]:
