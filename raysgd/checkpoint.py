@@ -188,6 +188,13 @@ def prune(storage: Storage, keep: int | None) -> None:
             _delete(storage, name(*place))
 
 
+def forget(storage: Storage, after: int) -> None:
+    """Delete the checkpoints of steps beyond ``after``."""
+    for step, edition in _published(storage):
+        if step > after:
+            _delete(storage, name(step, edition))
+
+
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """The bytes of ``manifest.json``: JSON whose last key, ``sha256``, is that of the bytes before it.
 

@@ -76,6 +76,15 @@ def clear(storage: Storage) -> None:
         storage.delete_file(name)
 
 
+def forget_diverging(storage: Storage) -> None:
+    """Delete the checkpoints after the best one by validation loss: training diverged, and they were on the way there.
+
+    Where none was validated the newest stays.
+    """
+    if checkpoints.steps(storage):
+        checkpoints.forget(storage, after=checkpoints.load(storage, "best").step)
+
+
 def _changes(manifest: Any, spec: RunSpec, tables: Tables) -> list[str]:
     found = differences(manifest.get("config", {}), spec.determining())
     if manifest.get("fingerprints", {}).get("train") != tables.fingerprints["train"]:

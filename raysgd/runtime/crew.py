@@ -363,6 +363,8 @@ class Crew:
             prepared.append(gang.workers[number].actor.prepare.remote(self.task, servers, boards, gang.readers(number)))
         gang.call(prepared, "preparing the workers")
         self._refuse_others(carriers)
+        if self._due:
+            return  # somebody was refused: dealt anew, to the others
         connected = [gang.workers[number].actor.connect.remote(share) for number, share in self.shares.items()]
         sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):

@@ -27,7 +27,7 @@ from raysgd.report.metrics_log import MetricsLog
 from raysgd.report.plot import loss_curve
 from raysgd.report.progress import Report, report_to
 from raysgd.report.status import Status
-from raysgd.resume import Beginning, beginning, clear
+from raysgd.resume import Beginning, beginning, clear, forget_diverging
 from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, gather
 from raysgd.runtime.crew import RollBackError
@@ -75,7 +75,7 @@ class Trainer:
     """Trains a model on a table with Ray actors; see :class:`raysgd.spec.RunSpec` for what the sections mean.
 
     model, data, validation, optimizer, batch_size (rows a step over all workers), epochs, seed, virtual_workers,
-    staleness, local_steps and clip_norm determine the trained bytes; scaling_config and run_config never do. ``fresh``
+    staleness, local_steps, clip_norm and on_divergence determine the trained bytes; scaling_config and run_config never do. ``fresh``
     deletes what the run's directory holds.
 
     Raises InputError with every violation, here where the arguments show it and in :meth:`fit` where the data does.
@@ -95,6 +95,7 @@ class Trainer:
         staleness: float = 0,
         local_steps: int = 1,
         clip_norm: float | None = None,
+        on_divergence: str = "stop",
         scaling_config: ScalingConfig | None = None,
         run_config: RunConfig | None = None,
         fresh: bool = False,
@@ -105,7 +106,7 @@ class Trainer:
             validation,
             model,
             SGD() if optimizer is None else optimizer,
-            TrainConfig(batch_size, epochs, seed, virtual_workers, staleness, local_steps, clip_norm),
+            TrainConfig(batch_size, epochs, seed, virtual_workers, staleness, local_steps, clip_norm, on_divergence),
             ScalingConfig() if scaling_config is None else scaling_config,
             RunConfig() if run_config is None else run_config,
         )
@@ -135,6 +136,7 @@ class Trainer:
             staleness=train.staleness,
             local_steps=train.local_steps,
             clip_norm=train.clip_norm,
+            on_divergence=train.on_divergence,
             scaling_config=spec.scaling,
             run_config=spec.run,
             fresh=fresh,
@@ -211,6 +213,8 @@ class Trainer:
                 timeout_s = START_TIMEOUT_S if cluster.started else None
                 losses = 0
                 while (lost := self._lives(timeout_s, tables, begin, plan, keeper)) is not None:
+                    if isinstance(lost, DivergedError):
+                        forget_diverging(self._storage)
                     again = beginning(self._storage, self.spec, tables, fresh=False)
                     losses = 1 if again.step > begin.step else losses + 1
                     begin, plan = self._back(again, begin, losses, lost)
@@ -245,7 +249,7 @@ class Trainer:
         return None
 
     def _back(self, again: Beginning, before: Beginning, losses: int, lost: RunError) -> tuple[Beginning, Plan | None]:
-        """Where to begin after a loss or a divergence: at the newest checkpoint.
+        """Where to begin after a loss: at the newest checkpoint; after a divergence it is the best one.
 
         Raises the error where too much was lost in vain, or the learning rate was halved as often as may be.
         """

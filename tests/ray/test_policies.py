@@ -55,6 +55,9 @@ def with_label(place: Path, poisoned: float | None) -> None:
         y = table["x0"].to_numpy() + 0.5
         if file.name == "b.parquet" and poisoned is not None:
             y[2 * 60 + 7] = poisoned
+            x0 = table["x0"].to_numpy().copy()
+            x0[2 * 60 + 7] = 5.0
+            table = table.set_column(table.column_names.index("x0"), "x0", pa.array(x0))
         groups = 60 if file.name == "b.parquet" else 170
         pq.write_table(table.append_column("y", pa.array(y)), file, row_group_size=groups)
 
