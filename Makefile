@@ -31,7 +31,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 # A schedule that is wrong is printed with the command that replays it.
-soak: $(VENV)/.dev-installed
+soak: $(VENV)/.train-installed
 	$(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 # BENCH_ARGS: see `python -m bench --help`. Open MPI comes from the system: apt-get install openmpi-bin

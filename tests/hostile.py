@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from raysgd.data.sampler import Sampler
-from raysgd.errors import DivergedError
+from raysgd.errors import RaysgdError
 from raysgd.learn.batch import Batch, Float32, Inputs, Int64, Target
 from raysgd.learn.models import LogisticRegression
 from raysgd.learn.models.hashed import HashedLogisticRegression
@@ -46,6 +46,19 @@ EVERYTHING = {
 
 #: how far the loss under SSP may be from BSP's, which is 0.3
 SSP_LOSS = 0.03
+
+
+#: what a broken protocol may raise instead of ending badly
+RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RaysgdError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Remembered:
@@ -140,5 +153,5 @@ def wrong(seed: int, kind: str | None = None, **changes: float) -> list[str]:
     kind = kind or kind_of(seed)
     try:
         return complaints(schedule(seed, kind, **changes), kind)
-    except (AssertionError, ArithmeticError, DivergedError, LookupError, TypeError, ValueError) as error:
+    except RAISED as error:
         return [f"{type(error).__name__}: {error}"]

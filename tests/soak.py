@@ -19,9 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
-from hostile import complaints, kind_of, schedule
-
-from raysgd.errors import DivergedError
+from hostile import RAISED, complaints, kind_of, schedule
 
 #: schedules that one task runs, and seconds between two lines of progress
 CHUNK, PROGRESS_S = 25, 10.0
@@ -54,7 +52,7 @@ def soak(seeds: range) -> Found:
         kind = kind_of(seed)
         try:
             outcome = schedule(seed)
-        except (AssertionError, ArithmeticError, DivergedError, LookupError, TypeError, ValueError) as error:
+        except RAISED as error:
             found.broken.append((seed, f"{type(error).__name__}: {error}"))
             continue
         found.broken += [(seed, sentence) for sentence in complaints(outcome, kind)]

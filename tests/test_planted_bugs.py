@@ -20,13 +20,13 @@ from raysgd.protocol import update as update_module
 from raysgd.protocol.client import Client
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Gate
-from raysgd.protocol.generation import Generation, join
+from raysgd.protocol.generation import Generation
 from raysgd.protocol.membership import Assignment, Membership
 from raysgd.protocol.messages import Pull, Pulled, Push, Verdict
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.stale import StaleShard
 from raysgd.protocol.tree import EMPTY, Partial, TreeSum, add
-from raysgd.simulate import Faults, Outcome, driver, servers, simulate, simulation
+from raysgd.simulate import Faults, Outcome, servers, simulate, simulation
 
 Patch = pytest.MonkeyPatch
 
@@ -108,6 +108,16 @@ def fence_acknowledged_before_it_is_raised(patch: Patch) -> None:
 
     patch.setattr(Gate, "fence", later)
     patch.setattr(Gate, "_current", judged)
+
+
+@bug()
+def late_fences_lower_incarnations(patch: Patch) -> None:
+    def lowering(self: Gate[Any], run: Range, incarnation: int) -> int:
+        self.fences += 1
+        self.incarnations[run.slice] = [incarnation] * len(run)
+        return self.clocks.of(run)
+
+    patch.setattr(Gate, "fence", lowering)
 
 
 @bug()
@@ -257,15 +267,15 @@ def one_shard_alone_rolls_back(patch: Patch) -> None:
 
 
 @bug()
-def checkpoint_that_mixes_versions(patch: Patch) -> None:
-    """The last shard's part is of the version before."""
+def roll_back_without_optimizer_state(patch: Patch) -> None:
+    roll_back = servers.roll_back
 
-    def mixed(shards: Sequence[Generation]) -> Generation:
-        whole = join(shards)
-        whole.params[-len(shards[-1].params) :] *= np.float32(0.999)
-        return whole
+    def parameters_alone(sim: Any) -> None:
+        whole = sim.checkpoint
+        sim.checkpoint = Generation(whole.step, whole.params, {k: np.zeros_like(v) for k, v in whole.state.items()})
+        roll_back(sim)
 
-    patch.setattr(driver, "join", mixed)
+    patch.setattr(servers, "roll_back", parameters_alone)
 
 
 # -- assignments

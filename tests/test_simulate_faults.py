@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from math import inf
 
@@ -10,6 +11,7 @@ import pytest
 import soak
 from hostile import EVERYTHING, N_SERVERS, STEPS, V, complaints, problem, schedule, truth, wrong
 
+from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.ledger import Record, Rollback
 from raysgd.protocol.membership import Membership, deal
 from raysgd.protocol.messages import Verdict
@@ -105,7 +107,7 @@ def test_the_ledger_is_short() -> None:
 def test_asynchronous_schedules_count_everything_once() -> None:
     p = problem("ssp")
     for staleness in (1, inf):
-        changed = type(p)(**{**vars(p), "consistency": type(p.consistency)(staleness)})
+        changed = replace(p, consistency=Consistency(staleness))
         for seed in range(20):
             faults = Faults(seed, **EVERYTHING)  # type: ignore[arg-type]
             outcome = simulate(changed, 20, n_workers=1 + seed % V, n_servers=N_SERVERS, faults=faults)

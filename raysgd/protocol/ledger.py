@@ -3,8 +3,8 @@
     commits ──entry──▶ Record, grown while the parts stay the same ──to_line──▶ one line of JSON ──check──▶ sentences
 
 One record covers a range of steps with one assignment, so it costs nothing a step. Lines are only ever appended, and
-may be written again: a record that is a longer form of one before it stands in its place. A roll-back appends a line
-that opens a new timeline; what older timelines committed from its step on is void. Everything is plain data.
+may be written again, also in a longer form. A roll-back appends a line that opens a new timeline; what older timelines
+committed from its step on is void. Everything is plain data.
 """
 
 from __future__ import annotations
@@ -76,22 +76,31 @@ def entry(commit: Commit, *, attempt: int, generation: int, timeline: int, shard
     return Record(attempt, generation, timeline, shard, commit.step, commit.step + commit.steps, parts, commit.rows)
 
 
-def extend(lines: list[Line], line: Line) -> None:
-    """Append a line, or let it take the place of the shard's newest, which it continues or is a longer form of."""
-    if isinstance(line, Record):
-        for at in range(len(lines) - 1, -1, -1):
-            newest = lines[at]
-            if isinstance(newest, Rollback):
-                break
-            if newest.shard == line.shard:
-                if _continues(newest, line):
-                    lines[at] = replace(newest, end=line.end, rows=newest.rows + line.rows)
-                    return
-                if _covers(line, newest):
-                    lines[at] = line
-                    return
-                break
-    lines.append(line)
+def extend(lines: list[Line], record: Record) -> None:
+    """Append what was committed, or let it continue its shard's newest record where the parts are the same.
+
+    A step that comes again continues nothing: the checker finds it.
+    """
+    at = next((i for i in range(len(lines) - 1, -1, -1) if _shard(lines[i]) == record.shard), None)
+    newest = None if at is None else lines[at]
+    if at is not None and isinstance(newest, Record) and newest.end == record.begin and _same(newest, record):
+        lines[at] = replace(newest, end=record.end, rows=newest.rows + record.rows)
+    else:
+        lines.append(record)
+
+
+def fold(lines: Iterable[Line]) -> list[Line]:
+    """The lines of a file, in which a record may stand several times: its longest form, in its first place.
+
+    Whoever takes over writes the newest record again, because it cannot know whether that was done.
+    """
+    kept: dict[Line, Line] = {}
+    for line in lines:
+        key = replace(line, end=0, rows=0) if isinstance(line, Record) else line
+        known = kept.setdefault(key, line)
+        if isinstance(line, Record) and isinstance(known, Record) and line.end > known.end:
+            kept[key] = line
+    return list(kept.values())
 
 
 def rollback(lines: list[Line], step: int, attempt: int = 0) -> Rollback:
@@ -101,16 +110,13 @@ def rollback(lines: list[Line], step: int, attempt: int = 0) -> Rollback:
     return line
 
 
+def _shard(line: Line) -> int | None:
+    return line.shard if isinstance(line, Record) else None
+
+
 def _same(a: Record, b: Record) -> bool:
+    """Whether two records differ in their steps alone."""
     return replace(a, begin=0, end=0, rows=0) == replace(b, begin=0, end=0, rows=0)
-
-
-def _continues(newest: Record, line: Record) -> bool:
-    return newest.end == line.begin and _same(newest, line)
-
-
-def _covers(line: Record, newest: Record) -> bool:
-    return newest.begin == line.begin and newest.end <= line.end and _same(newest, line)
 
 
 # -- lines of JSON
@@ -140,17 +146,17 @@ def from_line(text: str) -> Line:
 
 
 def parse(text: str) -> list[Line]:
-    """The lines of a whole ledger, those that were written again folded. InputError names the line.
+    """The lines of a whole ledger, those that stand there again folded. InputError names the line.
 
     What follows the last newline is a write that was interrupted: it does not count.
     """
     lines: list[Line] = []
     for number, one in enumerate(text.split("\n")[:-1], start=1):
         try:
-            extend(lines, from_line(one))
+            lines.append(from_line(one))
         except InputError as error:
             raise InputError([f"line {number}: {problem}" for problem in error.problems]) from None
-    return lines
+    return fold(lines)
 
 
 def _line(fields: dict[str, Any]) -> Line:
@@ -221,6 +227,8 @@ def check(
     found += _timeline_problems(lines)
     if len(set(ends.values())) > 1:
         found.append(f"I4: the shards end at different steps: {ends}")
+    elif max(ends.values(), default=end) > end:
+        found.append(f"I4: the shards committed up to step {max(ends.values())}, not {end}")
     for shard, own in by_shard.items():
         found += _coverage_problems(shard, sorted(own, key=lambda r: (r.begin, r.end)), begin, end)
     for shard in by_shard:

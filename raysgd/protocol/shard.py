@@ -142,10 +142,11 @@ class ServerShard(Gate[TreeSum]):
     def pull(self, pull: Pull) -> Pulled | NotYet | Gone | Halted:
         """The parameters at exactly the version asked for."""
         for generation in (self._newest, self._previous):
-            if generation.step == pull.version:
+            if generation.step == pull.version >= 0:  # scratch is of none
                 return Pulled(self.index, pull.version, generation.params.copy())
         if pull.version < self.version:
-            return Gone(self.index, pull.version, oldest=self._previous.step)
+            held = self._previous.step
+            return Gone(self.index, pull.version, oldest=held if held >= 0 else self.version)
         return self._later(pull.version)
 
     def norms(self, norms: Norms) -> None:
@@ -163,7 +164,7 @@ class ServerShard(Gate[TreeSum]):
     def snapshot(self, version: int) -> Generation:
         """A copy of one of the two generations. KeyError where ``version`` is neither."""
         for generation in (self._newest, self._previous):
-            if generation.step == version:
+            if generation.step == version >= 0:
                 return generation.copy()
         raise KeyError(f"shard {self.index} holds versions {self._previous.step} and {self.version}, not {version}")
 

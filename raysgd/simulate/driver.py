@@ -62,9 +62,13 @@ def assign(sim: Simulation, assignments: Sequence[Assignment]) -> None:
 
 
 def fence(sim: Simulation, shard: int, assignments: Sequence[Assignment]) -> None:
+    """A fence may come again, late, but to the same process alone: a successor has another address."""
     for a in assignments:
-        sim.shards[shard].fence(a.run, a.incarnations[0])
+        raise_it = partial(sim.shards[shard].fence, a.run, a.incarnations[0])
+        raise_it()
         sim.truth[shard][a.run.slice] = a.incarnations
+        if sim.random.random() < sim.faults.duplicate:
+            sim.later(sim.random.randrange(300), raise_it)
 
 
 def arrive(sim: Simulation) -> None:

@@ -54,11 +54,11 @@ def on_a_worker(kind: str) -> Callable[[Callable[[Simulation, int], None]], Call
     return decorate
 
 
-def end(sim: Simulation, worker: int, after: int = 0) -> None:
+def end(sim: Simulation, worker: int) -> None:
     """A worker is lost: dead, or only believed dead, and running on."""
     if sim.random.random() < 0.5:
         sim.processes[worker] = Process.DEAD
-    sim.later(after + sim.random.randrange(20), partial(sim.take, Left(worker, "lost")))
+    sim.later(sim.random.randrange(20), partial(sim.take, Left(worker, "lost")))
 
 
 @on_a_worker("kill")

@@ -51,12 +51,11 @@ class Dying:
 def remains(dead: Any) -> tuple[Generation, Generation | None]:
     """What is found in a dead shard's memory: the newest sealed generation, and the one before unless it was being
     written over."""
-    version = dead.version
     try:
-        previous = dead.snapshot(version - 1) if version > 0 else None
+        previous = dead.snapshot(dead.version - 1)
     except KeyError:
         previous = None
-    return dead.snapshot(version), previous
+    return dead.snapshot(dead.version), previous
 
 
 def strike(sim: Simulation, *, memory_lost: bool) -> None:

@@ -157,6 +157,53 @@ def test_commits_are_handed_out_from_a_step_on() -> None:
     assert [c.step for c in s.drain(0)] == [2, 3]
 
 
+def successor(dead: ServerShard, previous: bool = True) -> ServerShard:
+    """Begun from what the memory of the dead one holds; nobody may push to it yet."""
+    version = dead.version
+    return ServerShard(
+        0,
+        dead.rule,
+        np.array([True, True, False]),
+        n_virtual=V,
+        generation=dead.snapshot(version),
+        previous=dead.snapshot(version - 1) if previous else None,
+        commits=dead.drain(version - 1),
+    )
+
+
+def test_a_successor_holds_both_generations_and_goes_on_to_the_same_bytes() -> None:
+    s = shard(l2=0.5)
+    for step in range(3):
+        s.push(push(step))
+    s.push(push(3, 0, 2))  # pending: lost with it
+    new = successor(s)
+    assert (new.version, new.clocks.steps.tolist(), new.incarnations) == (3, [3] * V, [0] * V)
+    for version in (2, 3):
+        assert new.snapshot(version).digest() == s.snapshot(version).digest()
+    assert new.push(push(3)).verdict is Verdict.FENCED
+    assert new.fence(RUN, 2) == 3
+    assert new.push(push(3, incarnation=1)).verdict is Verdict.FENCED
+    for begin in (0, 2):
+        new.push(push(3, begin, begin + 2, incarnation=2))
+    s.push(push(3, 2, 4))
+    assert new.snapshot(4).digest() == s.snapshot(4).digest()
+    assert new.snapshot(3).digest() == s.snapshot(3).digest()
+    assert [c.step for c in new.drain(0)] == [2, 3]
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+def test_what_is_not_there_is_not_served(begin: int) -> None:
+    """Neither a generation that was being written over, nor memory that holds none."""
+    s = shard(step=begin)
+    s.push(push(begin))
+    new = successor(s, previous=False)
+    for version in (-1, begin):
+        assert new.pull(Pull(0, version)) == Gone(0, version, oldest=begin + 1)
+        with pytest.raises(KeyError):
+            new.snapshot(version)
+    assert isinstance(new.pull(Pull(0, begin + 1)), Pulled)
+
+
 def test_a_digest_does_not_depend_on_the_cut() -> None:
     random = np.random.default_rng(0)
     whole = Generation(7, random.random(10).astype(np.float32), {"momentum": random.random(10).astype(np.float32)})
