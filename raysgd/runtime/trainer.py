@@ -75,8 +75,8 @@ class Trainer:
     """Trains a model on a table with Ray actors; see :class:`raysgd.spec.RunSpec` for what the sections mean.
 
     model, data, validation, optimizer, batch_size (rows a step over all workers), epochs, seed, virtual_workers,
-    staleness, local_steps, clip_norm and on_divergence determine the trained bytes; scaling_config and run_config never do. ``fresh``
-    deletes what the run's directory holds.
+    staleness, local_steps, clip_norm and on_divergence determine the trained bytes; scaling_config and run_config never
+    do. ``fresh`` deletes what the run's directory holds.
 
     Raises InputError with every violation, here where the arguments show it and in :meth:`fit` where the data does.
     """
