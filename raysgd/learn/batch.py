@@ -67,8 +67,12 @@ class Batch:
 
     def take(self, rows: npt.NDArray[np.intp]) -> Batch:
         """The rows at these positions, in this order, as fresh contiguous arrays."""
-        weight = None if self.weight is None else self.weight[rows]
-        return Batch(self.numeric[rows], self.codes[rows], self.label[rows], weight)
+        weight = None if self.weight is None else self.weight.take(rows)
+        return Batch(self.numeric.take(rows, axis=0), self.codes.take(rows, axis=0), self.label.take(rows), weight)
+
+    def copy(self) -> Batch:
+        weight = None if self.weight is None else self.weight.copy()
+        return Batch(self.numeric.copy(), self.codes.copy(), self.label.copy(), weight)
 
     @property
     def nbytes(self) -> int:
