@@ -133,6 +133,11 @@ class Loader:
         self._last[virtual_worker] = (step, batch)
         return batch
 
+    def draw(self, step: int) -> None:
+        """Have the batches of all virtual workers at ``step`` ready for :meth:`batch`."""
+        for v in range(self._virtual_workers.begin, self._virtual_workers.end):
+            self.batch(step, v)
+
     def close(self) -> None:
         """End the thread and forget all windows."""
         self._thread.shutdown(wait=True, cancel_futures=True)

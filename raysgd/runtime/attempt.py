@@ -237,7 +237,7 @@ class Attempt:
         before, rounds = self.curve.step, self.plan.rounds
         since = rounds.at(before)
         commits = call([self.gang.servers[0].commits.remote(since)], "reading the commits of server 0")[0]
-        in_steps = [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
+        in_steps = [c._replace(step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
         self.curve.extend(in_steps[:-1] if below is None else [c for c in in_steps if c.step < below])
         if self.curve.step > before and self.curve.recent is not None:
             self.report.train(self.curve.step, **self.curve.recent)

@@ -66,11 +66,14 @@ def train_loop(
     learner: ValueAndGrad,
     batch: Callable[[int, int], Batch | None],
     local: LocalSteps | None = None,
+    ahead: Callable[[int], None] | None = None,
 ) -> LoopReport:
     """Carry out the client's instructions until it is done.
 
     Requests go out before a gradient is computed, and answers that are there by then are taken first; without a
     gradient to compute the worker waits.
+
+    ahead: draws the rows of a step, which is done while the servers apply the one before
     """
     rows, compute_s, wait_s = 0, 0.0, 0.0
     scratch: list[Float32] = []
@@ -78,7 +81,11 @@ def train_loop(
     while client.done is None:
         began = time.perf_counter()
         if requests or compute is None:
-            replies = transport.exchange(requests, wait=compute is None)
+            replies = transport.exchange(requests, wait=False)
+            if not replies and compute is None:
+                if ahead is not None and client.step < client.until:
+                    ahead(client.step)
+                replies = transport.exchange((), wait=True)
             pending = client.retry() if replies is None else [i for reply in replies for i in client.handle(reply)]
             requests, found = _sorted(pending)
             compute = compute or found
@@ -171,7 +178,8 @@ class Worker:
             return self._run_sparse(task, task.learner, assignment, start, until)
         client = Client(assignment, task.n_virtual, task.spans, start=start, until=until, consistency=task.consistency)
         loader = self._loader(assignment.run)
-        report = train_loop(client, self._transport(assignment), task.learner, loader.batch, task.local)
+        ahead = loader.draw if task.local is None else None
+        report = train_loop(client, self._transport(assignment), task.learner, loader.batch, task.local, ahead)
         if self.relay is not None:
             self.relay.check()
         if report.done.reason == "reached":
