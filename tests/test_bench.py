@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench import __main__ as command
-from bench import categories, proc, tables
+from bench import categories, proc, safety, tables
 from bench.measure import Asked, Figures
 
 ROWS = 1_000
@@ -92,6 +92,18 @@ def test_ratios_are_formed_round_by_round() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", safety.WAYS)
+def test_steps_can_be_taken_without_each_check(way: str) -> None:
+    """The bench reaches into the state machine; ``block`` sees to it that every step counted."""
+    shard, gradients = safety.fresh(100_000), [np.ones(100_000, np.float32) for _ in range(2)]
+    for check in safety.CHECKS:
+        with safety.without(check, shard):
+            safety.block(shard, way, gradients)
+    safety.block(shard, way, gradients)
+    assert shard.version == 5 * safety.steps_of_a_block(100_000)
+    assert len(shard.commits) == 3 * safety.steps_of_a_block(100_000)  # two of the four were without a ledger
+
+
 def test_a_process_tree_and_its_memory() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert child.pid in proc.descendants(os.getpid())

@@ -1,7 +1,10 @@
-"""Read the windows of some virtual workers, permute them in memory, hand out minibatches; one window is read ahead.
+"""Read the windows of some virtual workers, draw minibatches from them at random; one window is read ahead.
 
-    shards on disk ──read, encode──▶ pieces ──scatter──▶ open window of v, permuted ──slice──▶ batch(step, v)
-                     └─ kept up to cache_bytes                 one more window, the earliest needed, is read meanwhile
+    shards on disk ──read, encode──▶ pieces ──▶ open window of v, its permutation ──gather──▶ batch(step, v)
+                     └─ kept up to cache_bytes      one more window, the earliest needed, is read meanwhile
+
+Rows stay in file order and are gathered step by step: a batch is then in the core's cache when its gradient is
+computed, and to lay a window out anew would take longer.
 
 What is read ahead or kept changes nothing but time: which rows, and their order, is the sampler's alone.
 """
@@ -18,9 +21,9 @@ import numpy.typing as npt
 
 from raysgd.data.dataset import Dataset
 from raysgd.data.encode import Encoder
-from raysgd.data.sampler import Piece, Sampler
+from raysgd.data.sampler import Piece, Sampler, Window
 from raysgd.errors import InputError
-from raysgd.learn.batch import Batch, Float32, Int32, concatenate
+from raysgd.learn.batch import Batch, concatenate
 from raysgd.learn.parameters import Range
 
 
@@ -48,10 +51,15 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Filled:
-    """A window's rows in the order in which they are drawn."""
+    """A window's rows in file order, and (n_rows,) the positions of those that are drawn first, second ...
+
+    begin: what to take off ``step * rows_per_draw`` for the first of them that is drawn at a step
+    """
 
     rows: Batch
+    order: npt.NDArray[np.intp]
     unseen: int
+    begin: int
 
 
 class Loader:
@@ -105,8 +113,7 @@ class Loader:
     def batch(self, step: int, virtual_worker: int) -> Batch | None:
         """The rows that ``virtual_worker`` draws at ``step``, None where it draws none.
 
-        Cheapest for steps in order; any other is served too, by reading its windows. The arrays may be views of the
-        open window: don't write to them, don't keep them.
+        Cheapest for steps in order; any other is served too, by reading its windows.
 
         Raises InputError where a file changed, is damaged, or holds what cannot be encoded.
         """
@@ -115,15 +122,21 @@ class Loader:
         last = self._last.get(virtual_worker)
         if last is not None and last[0] == step:
             return last[1]
-        del last  # may be a view of a window that is to go
         if step not in (self._step, self._step + 1):
             self._jump(step)
         self._step = step
-        draws = self._sampler.draws(step, virtual_worker)
-        parts = [self._draw(step, virtual_worker, draw) for draw in draws]
-        batch = concatenate(parts) if parts else None
+        batch = self._from_open(step, virtual_worker)
+        if batch is None:
+            draws = self._sampler.draws(step, virtual_worker)
+            parts = [self._draw(step, virtual_worker, draw) for draw in draws]
+            batch = concatenate(parts) if parts else None
         self._last[virtual_worker] = (step, batch)
         return batch
+
+    def draw(self, step: int) -> None:
+        """Have the batches of all virtual workers at ``step`` ready for :meth:`batch`."""
+        for v in range(self._virtual_workers.begin, self._virtual_workers.end):
+            self.batch(step, v)
 
     def close(self) -> None:
         """End the thread and forget all windows."""
@@ -133,12 +146,21 @@ class Loader:
         self._last.clear()
         self._cache.clear()
 
+    def _from_open(self, step: int, virtual_worker: int) -> Batch | None:
+        """The batch of a step, where it lies inside the open window as nearly all do: without asking the plan."""
+        current = self._open.get(virtual_worker)
+        if current is None:
+            return None
+        window, count = current[1], self._sampler.rows_per_draw
+        begin = step * count - window.begin
+        if begin < 0 or begin + count > len(window.order):
+            return None
+        return window.rows.take(window.order[begin : begin + count])
+
     def _draw(self, step: int, virtual_worker: int, draw: tuple[int, int, int]) -> Batch:
         index, begin, end = draw
         window = self._window(step, virtual_worker, index)
-        rows = window.slice(begin, end)
-        # The last rows of a window are copied: whoever still holds them must not keep it alive while the next is read.
-        return _copy(rows) if end == len(window) else rows
+        return window.rows.take(window.order[begin:end])
 
     def _jump(self, step: int) -> None:
         """Let go of every window that ``step`` does not draw from."""
@@ -148,21 +170,20 @@ class Loader:
         self._last.clear()
         self._drop_ahead_unless_needed(step)
 
-    def _window(self, step: int, virtual_worker: int, window: int) -> Batch:
+    def _window(self, step: int, virtual_worker: int, window: int) -> _Filled:
         place = self._place(self._sampler.epoch(step), virtual_worker, window)
         assert place is not None
         current = self._open.get(virtual_worker)
         if current is not None and current[0] == place:
-            return current[1].rows
+            return current[1]
         # First let go of the old one: no more than one window for each virtual worker, and one ahead.
         del current
         self._open.pop(virtual_worker, None)
-        self._last.pop(virtual_worker, None)
         filled = self._take_ahead(place) or self._fill(place)
         self.unseen += filled.unseen
         self._open[virtual_worker] = (place, filled)
         self._read_ahead()
-        return filled.rows
+        return filled
 
     def _take_ahead(self, place: _Place) -> _Filled | None:
         """The window that was read ahead, if it is this one."""
@@ -219,12 +240,24 @@ class Loader:
         return _Place(epoch * self._sampler.steps_per_epoch + first, virtual_worker, epoch, window)
 
     def _fill(self, place: _Place) -> _Filled:
-        """Read a window and put each row where the permutation wants it: window and one shard in memory, no more."""
+        """Read a window: it and one shard in memory, no more."""
         sampler, v = self._sampler, place.virtual_worker
         window = sampler.windows(place.epoch, v)[place.window]
-        order = sampler.window_permutation(place.epoch, v, place.window)
-        position = np.empty_like(order)
-        position[order] = np.arange(len(order))
+        rows = self._single(window.pieces[0]) if len(window.pieces) == 1 else self._joined(window)
+        inputs = self._encoder.inputs
+        vocabularies = inputs.categories and not inputs.hash_bits
+        unseen = int((rows.codes == inputs.n_codes).sum()) if vocabularies else 0
+        begin = place.epoch * sampler.steps_per_epoch * sampler.rows_per_draw + window.begin
+        return _Filled(rows, sampler.window_permutation(place.epoch, v, place.window), unseen, begin)
+
+    def _single(self, piece: Piece) -> Batch:
+        """The rows of one piece, as views where these take no more memory."""
+        decoded, kept = self._decoded(piece.shard)
+        rows = decoded.slice(piece.begin, piece.end)
+        return rows if kept or len(piece) == len(decoded) else rows.copy()
+
+    def _joined(self, window: Window) -> Batch:
+        """The rows of a window's pieces, one piece after the other; each shard is read once."""
         inputs = self._encoder.inputs
         rows = Batch(
             np.empty((window.rows, inputs.numeric), np.float32),
@@ -238,31 +271,22 @@ class Loader:
             at.setdefault(piece.shard, []).append((begin, piece))
             begin += len(piece)
         for shard, pieces in at.items():
-            self._scatter(shard, pieces, position, rows)
-        vocabularies = inputs.categories and not inputs.hash_bits
-        unseen = int((rows.codes == inputs.n_codes).sum()) if vocabularies else 0
-        return _Filled(rows, unseen)
+            decoded, _ = self._decoded(shard)
+            for begin, piece in pieces:
+                _put(rows.slice(begin, begin + len(piece)), decoded.slice(piece.begin, piece.end))
+        return rows
 
     @property
     def _weighted(self) -> bool:
         return self._encoder.columns.weight is not None or self._encoder.nulls == "drop"
 
-    def _scatter(
-        self, shard: int, pieces: list[tuple[int, Piece]], position: npt.NDArray[np.intp], rows: Batch
-    ) -> None:
-        """Pieces of one shard, (offset in the window, piece) each, to their places in ``rows``."""
+    def _decoded(self, shard: int) -> tuple[Batch, bool]:
+        """A shard's rows, and whether they are kept."""
         decoded = self._cache.get(shard)
-        if decoded is None:
-            decoded, _ = read_batch(self._dataset, self._encoder, shard)
-            self._cache.offer(shard, decoded)
-        for begin, piece in pieces:
-            to = position[begin : begin + len(piece)]
-            part = decoded.slice(piece.begin, piece.end)
-            _put_rows(rows.numeric, to, part.numeric)
-            _put_rows(rows.codes, to, part.codes)
-            rows.label[to] = part.label
-            if rows.weight is not None and part.weight is not None:
-                rows.weight[to] = part.weight
+        if decoded is not None:
+            return decoded, True
+        decoded, _ = read_batch(self._dataset, self._encoder, shard)
+        return decoded, self._cache.offer(shard, decoded)
 
 
 class _ShardCache:
@@ -277,23 +301,22 @@ class _ShardCache:
     def get(self, shard: int) -> Batch | None:
         return self._shards.get(shard)
 
-    def offer(self, shard: int, rows: Batch) -> None:
+    def offer(self, shard: int, rows: Batch) -> bool:
+        """Keep these rows of a shard, if there is room; whether they are kept."""
         with self._lock:
             if shard not in self._shards and self._size + rows.nbytes <= self._limit:
                 self._shards[shard] = rows
                 self._size += rows.nbytes
+            return self._shards.get(shard) is rows
 
     def clear(self) -> None:
         self._shards.clear()
 
 
-def _put_rows(out: Float32 | Int32, to: npt.NDArray[np.intp], rows: Float32 | Int32) -> None:
-    """``out[to] = rows``, each row as one item of so many bytes: three times as fast. Both are C-contiguous."""
-    if rows.shape[1]:
-        row = np.dtype((np.void, rows.itemsize * rows.shape[1]))
-        out.view(row)[to] = rows.view(row)
-
-
-def _copy(rows: Batch) -> Batch:
-    weight = None if rows.weight is None else rows.weight.copy()
-    return Batch(rows.numeric.copy(), rows.codes.copy(), rows.label.copy(), weight)
+def _put(into: Batch, rows: Batch) -> None:
+    """Copy rows; where ``into`` has weights and they have none, they keep the weight that is there."""
+    into.numeric[...] = rows.numeric
+    into.codes[...] = rows.codes
+    into.label[...] = rows.label
+    if into.weight is not None and rows.weight is not None:
+        into.weight[...] = rows.weight

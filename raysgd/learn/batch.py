@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -67,8 +68,12 @@ class Batch:
 
     def take(self, rows: npt.NDArray[np.intp]) -> Batch:
         """The rows at these positions, in this order, as fresh contiguous arrays."""
-        weight = None if self.weight is None else self.weight[rows]
-        return Batch(self.numeric[rows], self.codes[rows], self.label[rows], weight)
+        weight = None if self.weight is None else self.weight.take(rows)
+        return Batch(self.numeric.take(rows, axis=0), self.codes.take(rows, axis=0), self.label.take(rows), weight)
+
+    def copy(self) -> Batch:
+        weight = None if self.weight is None else self.weight.copy()
+        return Batch(self.numeric.copy(), self.codes.copy(), self.label.copy(), weight)
 
     @property
     def nbytes(self) -> int:
@@ -76,18 +81,20 @@ class Batch:
         return self.numeric.nbytes + self.codes.nbytes + self.label.nbytes + weight
 
 
-def concatenate(parts: list[Batch]) -> Batch:
+def concatenate(parts: Sequence[Batch]) -> Batch:
     """The rows of several batches one after the other; a single part is returned as it is."""
     if len(parts) == 1:
         return parts[0]
-    weights = [p.weight for p in parts]
-    weight = None
-    if any(w is not None for w in weights):
-        full = [np.ones(len(p), np.float32) if w is None else w for p, w in zip(parts, weights, strict=True)]
-        weight = np.concatenate(full)
     return Batch(
         np.concatenate([p.numeric for p in parts]),
         np.concatenate([p.codes for p in parts]),
         np.concatenate([p.label for p in parts]),
-        weight,
+        joined_weights(parts),
     )
+
+
+def joined_weights(parts: Sequence[Batch]) -> Float32 | None:
+    """The weights of several batches one after the other, None where no row of any has one."""
+    if all(p.weight is None for p in parts):
+        return None
+    return np.concatenate([np.ones(len(p), np.float32) if p.weight is None else p.weight for p in parts])

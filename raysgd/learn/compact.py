@@ -17,21 +17,23 @@ from raysgd.learn.batch import Int32
 
 Index: TypeAlias = npt.NDArray[np.intp]
 
-_LOW = np.int32(0xFFFF)
-
 
 def unique_inverse(ids: Int32) -> tuple[Int32, Index]:
-    """As ``np.unique(ids, return_inverse=True)``, three to five times as fast. ids: (n,) int32, none negative.
+    """As ``np.unique(ids, return_inverse=True)``, several times as fast. ids: (n,) int32, none negative.
 
-    Two stable passes over 16 bits each: numpy sorts 16-bit integers by counting.
+    Each id is sorted with its position in the bits below: numpy sorts numbers far faster than positions by them.
 
     >>> unique_inverse(np.array([9, 4, 9, 7], np.int32))
     (array([4, 7, 9], dtype=int32), array([2, 0, 2, 1]))
     """
-    low = (ids & _LOW).astype(np.uint16)
-    order = np.argsort(low, kind="stable")
-    high = (ids >> np.int32(16)).astype(np.uint16)
-    return _ranks(ids, order.take(np.argsort(high.take(order), kind="stable")))
+    bits = len(ids).bit_length()
+    packed = ids.astype(np.int64)
+    packed <<= bits
+    packed |= np.arange(len(ids))
+    packed.sort()
+    order = packed & ((1 << bits) - 1)
+    packed >>= bits
+    return _ranks(packed.astype(np.int32), order)
 
 
 def merge_inverse(parts: Sequence[Int32]) -> tuple[Int32, Index]:
@@ -41,19 +43,19 @@ def merge_inverse(parts: Sequence[Int32]) -> tuple[Int32, Index]:
     (array([4, 7, 9], dtype=int32), array([0, 2, 1, 2]))
     """
     ids = np.concatenate(parts)
-    return _ranks(ids, np.argsort(ids, kind="stable"))  # of wider integers numpy merges the runs it finds
+    order = np.argsort(ids, kind="stable")  # of wider integers than 16 bits numpy merges the runs it finds
+    return _ranks(ids.take(order), order)
 
 
-def _ranks(ids: Int32, order: Index) -> tuple[Int32, Index]:
-    """The distinct ids and their inverse, from the order that sorts them."""
-    if not len(ids):
-        return ids.copy(), order
-    ordered = ids.take(order)
-    first = np.empty(len(ids), np.bool_)
+def _ranks(ordered: Int32, order: Index) -> tuple[Int32, Index]:
+    """The distinct ids and their inverse, from the ids in order and the positions they came from."""
+    if not len(ordered):
+        return ordered, order
+    first = np.empty(len(ordered), np.bool_)
     first[0] = True
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     rank = np.cumsum(first, dtype=np.intp)
     rank -= 1
-    inverse = np.empty(len(ids), np.intp)
+    inverse = np.empty(len(ordered), np.intp)
     inverse[order] = rank
     return ordered[first], inverse

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,20 @@ class Loss(Protocol):
         ...
 
 
+@runtime_checkable
+class RowByRow(Loss, Protocol):
+    """A loss whose arithmetic on a row follows that row alone: rows of several batches can go through it together, to
+    the bytes that each batch by itself would give. (That of a matrix product depends on how many rows there are.)"""
+
+    def row_by_row(self, scores: Float32, label: Float32, weight: Float32 | None = None) -> tuple[Any, Float32]:
+        """(n_rows,) what :meth:`total` adds up; and the gradient by the scores, (n_rows, k) float32, fresh."""
+        ...
+
+    def total(self, losses: Any) -> float:
+        """The sum of the losses of some consecutive rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Squared:
     """``(score - y)^2 / 2`` for a number y.
@@ -105,13 +119,20 @@ class Squared:
     def value_and_gradient(
         self, scores: Float32, label: Float32, weight: Float32 | None = None
     ) -> tuple[float, Float32]:
+        squares, gradient = self.row_by_row(scores, label, weight)
+        return self.total(squares), gradient
+
+    def row_by_row(self, scores: Float32, label: Float32, weight: Float32 | None = None) -> tuple[Float64, Float32]:
         gradient = scores - label[:, None]
-        rows = gradient[:, 0].astype(np.float64)
-        np.multiply(rows, rows, out=rows)
+        squares = gradient[:, 0].astype(np.float64)
+        np.multiply(squares, squares, out=squares)
         if weight is not None:
-            np.multiply(rows, weight, out=rows)
+            np.multiply(squares, weight, out=squares)
             np.multiply(gradient, weight[:, None], out=gradient)
-        return 0.5 * float(np.add.reduce(rows)), gradient
+        return squares, gradient
+
+    def total(self, losses: Float64) -> float:
+        return 0.5 * float(np.add.reduce(losses))
 
     def probabilities(self, scores: Float32) -> Float64 | None:  # noqa: ARG002 - the protocol's signature
         return None
@@ -158,6 +179,10 @@ class Logistic:
     def value_and_gradient(
         self, scores: Float32, label: Float32, weight: Float32 | None = None
     ) -> tuple[float, Float32]:
+        losses, gradient = self.row_by_row(scores, label, weight)
+        return self.total(losses), gradient
+
+    def row_by_row(self, scores: Float32, label: Float32, weight: Float32 | None = None) -> tuple[Float32, Float32]:
         # One expression a line, into few arrays: at 128 rows the calls cost more than the arithmetic.
         sign = _ONE - label
         sign -= label  # 1 for class 0, -1 for class 1
@@ -166,8 +191,8 @@ class Logistic:
         np.negative(tail, out=tail)
         np.exp(tail, out=tail)  # exp(-|m|) in [0, 1]
         positive = np.maximum(margin, _ZERO)
-        rows = np.log1p(tail)
-        rows += positive
+        losses = np.log1p(tail)
+        losses += positive
         # sigmoid(m) = exp(min(m, 0)) / (1 + exp(-|m|))
         np.minimum(margin, _ZERO, out=margin)
         np.exp(margin, out=margin)
@@ -175,9 +200,12 @@ class Logistic:
         margin /= tail
         margin *= sign
         if weight is not None:
-            rows *= weight
+            losses *= weight
             margin *= weight
-        return float(np.add.reduce(rows, dtype=np.float64)), margin[:, None]
+        return losses, margin[:, None]
+
+    def total(self, losses: Float32) -> float:
+        return float(np.add.reduce(losses, dtype=np.float64))
 
     def probabilities(self, scores: Float32) -> Float64 | None:
         score = scores[:, 0].astype(np.float64)

@@ -40,22 +40,23 @@ def permutation(count: int, seed: int, purpose: str, *indices: int) -> npt.NDArr
 
 
 def stable_argsort(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """As ``np.argsort(keys, kind="stable")`` of (n,) random words, in half the time where there are many.
+    """As ``np.argsort(keys, kind="stable")`` of (n,) random words, in a fifth of the time where there are many.
 
-    By their upper 48 bits, 16 at a time, which numpy sorts by counting; that suffices unless some differ below only.
+    Each word's lowest bits make room for its position: numpy sorts numbers far faster than it sorts positions by them.
+    What is left of a word suffices, unless some differ below only.
     """
-    if len(keys) < 4096:
-        return np.argsort(keys, kind="stable")
-    order: npt.NDArray[np.intp] | None = None
-    for shift in (16, 32, 48):
-        digits = (keys >> np.uint64(shift)).astype(np.uint16)
-        if order is None:
-            order = np.argsort(digits, kind="stable")
-        else:
-            order = order.take(np.argsort(digits.take(order), kind="stable"))
-    assert order is not None
-    found = keys.take(order)
-    return order if bool((found[1:] >= found[:-1]).all()) else np.argsort(keys, kind="stable")
+    if len(keys) >= 1024:
+        bits = (len(keys) - 1).bit_length()
+        low = np.uint64((1 << bits) - 1)
+        packed = keys & ~low
+        packed |= np.arange(len(keys), dtype=np.uint64)
+        packed.sort()
+        packed &= low
+        order = packed.view(np.intp)  # positions are far below 2^63
+        found = keys.take(order)
+        if bool((found[1:] >= found[:-1]).all()):
+            return order
+    return np.argsort(keys, kind="stable")
 
 
 def uniform(count: int, seed: int, purpose: str, *indices: int) -> Float32:

@@ -107,19 +107,21 @@ class SGD:
         new_params: Float32,
         new_state: Mapping[str, Float32],
     ) -> None:
+        # The step is made in the gradient's memory, which is in the cache, and the new parameters are written once.
+        step = gradient
         if self.momentum == 0:
-            np.multiply(gradient, rate, out=new_params)
+            np.multiply(gradient, rate, out=step)
         else:
             momentum, trace = np.float32(self.momentum), new_state["momentum"]
             np.multiply(state["momentum"], momentum, out=trace)
             np.add(trace, gradient, out=trace)
             if self.nesterov:
                 np.multiply(trace, momentum, out=new_params)
-                np.add(gradient, new_params, out=new_params)
-                np.multiply(new_params, rate, out=new_params)
+                np.add(gradient, new_params, out=step)
+                np.multiply(step, rate, out=step)
             else:
-                np.multiply(trace, rate, out=new_params)
-        np.subtract(params, new_params, out=new_params)
+                np.multiply(trace, rate, out=step)
+        np.subtract(params, step, out=new_params)
 
     def part(self, share: float) -> tuple[SGD, float]:
         """``M <- mu^s M + g``, ``w <- w - rate (1 - mu^s) / (1 - mu) M`` for a push that is s of a step.
@@ -183,9 +185,9 @@ class AdaGrad:
         np.add(state["accumulator"], accumulator, out=accumulator)
         np.sqrt(accumulator, out=new_params)
         np.add(new_params, np.float32(self.epsilon), out=new_params)
-        np.divide(gradient, new_params, out=new_params)
-        np.multiply(new_params, rate, out=new_params)
-        np.subtract(params, new_params, out=new_params)
+        step = np.divide(gradient, new_params, out=gradient)
+        np.multiply(step, rate, out=step)
+        np.subtract(params, step, out=new_params)
 
     def part(self, share: float) -> tuple[AdaGrad, float]:
         """``A <- A + g^2 / s`` for a push that is s of a step: equal pushes add up to the square of their sum.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from raysgd.learn.batch import Batch, Float32
 from raysgd.learn.losses import add_l2
 from raysgd.learn.models.base import ValueAndGrad
+from raysgd.learn.models.linear import BoundLinear
 from raysgd.learn.parameters import Range
 from raysgd.protocol.client import Compute
 from raysgd.protocol.tree import EMPTY, Partial, depth, sum_leaves
@@ -28,6 +30,25 @@ def leaf(learner: ValueAndGrad, params: Float32, batch: Batch | None, out: Float
     gradient = np.empty_like(params) if out is None else out
     loss = learner.value_and_grad(params, batch, gradient)
     return Partial(gradient, loss, len(batch))
+
+
+def leaves(
+    learner: ValueAndGrad, params: Float32, run: Sequence[int], batch: Callable[[int], Batch | None]
+) -> Callable[[int, Float32], Partial]:
+    """What computes the leaf of each virtual worker of ``run``, in memory that is given to it."""
+    if len(run) == 1 or not isinstance(learner, BoundLinear) or learner.row_by_row is None:
+        return lambda v, out: leaf(learner, params, batch(v), out)
+    rows = {v: found for v in run if (found := batch(v)) is not None and len(found)}
+    passed = dict(zip(rows, learner.forward(params, tuple(rows.values())) if rows else (), strict=True))
+
+    def of(v: int, out: Float32) -> Partial:
+        if v not in rows:
+            return EMPTY
+        loss, delta = passed[v]
+        learner.backward(delta, rows[v], out)
+        return Partial(out, loss, len(rows[v]))
+
+    return of
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,14 @@ class LocalSteps:
                 np.subtract(w, gradient, out=w)
         return Partial(total, loss, rows) if rows else EMPTY
 
+    def leaves(
+        self, learner: ValueAndGrad, compute: Compute, run: Sequence[int], batch: Callable[[int, int], Batch | None]
+    ) -> Callable[[int, Float32], Partial]:
+        """As the function of that name, for a round."""
+        # Read in the order of the steps, all virtual workers of one before the next: as the windows of data open.
+        rows = {(s, v): batch(s, v) for s in self.rule.rounds.steps(compute.step) for v in run}
+        return lambda v, out: self.leaf(learner, compute.params, compute.step, lambda step: rows[step, v], out)
+
 
 def subtree_sums(
     learner: ValueAndGrad,
@@ -98,20 +127,12 @@ def subtree_sums(
     while len(spare) < max(depth(len(node)) for node in compute.nodes):
         spare.append(np.empty_like(compute.params))
 
-    if local is None:
-
-        def of(v: int, out: Float32) -> Partial:
-            return leaf(learner, compute.params, batch(compute.step, v), out)
-
-    else:
-        # Read in the order of the steps, all virtual workers of one before the next: as the windows of data open.
-        leaves = [v for node in compute.nodes for v in range(node.begin, node.end)]
-        rows = {(s, v): batch(s, v) for s in local.rule.rounds.steps(compute.step) for v in leaves}
-
-        def of(v: int, out: Float32) -> Partial:
-            return local.leaf(learner, compute.params, compute.step, lambda step: rows[step, v], out)
-
+    run = [v for node in compute.nodes for v in range(node.begin, node.end)]
     with np.errstate(over="ignore", invalid="ignore"):  # the shard refuses what is not finite
+        if local is None:
+            of = leaves(learner, compute.params, run, partial(batch, compute.step))
+        else:
+            of = local.leaves(learner, compute, run, batch)
         return [
             _sum_into(np.empty_like(compute.params) if outputs is None else outputs[k], node, of, spare)
             for k, node in enumerate(compute.nodes)

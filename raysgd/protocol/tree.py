@@ -112,18 +112,37 @@ def sum_leaves(node: Range, leaf: Callable[[int, Float32], Partial], memory: Seq
     leaf: (leaf, where its gradient may be written) -> what it contributes
     memory: ``depth(n) + 1`` vectors, n the leaves of ``node``; the gradient of the sum is in one of them, in the first
     unless leaves are absent
+
+    What overflows warns, unless the caller has numpy ignore it: the shard refuses what is not finite.
     """
-    if len(node) == 1:
-        return leaf(node.begin, memory[0])
-    first, second = split(node)
-    left = sum_leaves(first, leaf, memory)
-    # What the left half needs no longer serves the right one; where it left nothing, its first vector too.
-    right = sum_leaves(second, leaf, memory if left.gradient is None else [m for m in memory if m is not left.gradient])
-    if left.gradient is None or right.gradient is None:
-        return add(left, right)
-    return Partial(
-        np.add(left.gradient, right.gradient, out=left.gradient), left.loss + right.loss, left.rows + right.rows
-    )
+    free = list(memory)
+    sums: list[Partial] = []  # a stack; the gradient of each is in the vector at the same place of ``free``
+    for v, count in zip(range(node.begin, node.end), merges(len(node)), strict=True):
+        sums.append(leaf(v, free[len(sums)]))
+        for _ in range(count):
+            right, left = sums.pop(), sums.pop()
+            at = len(sums)
+            if left.gradient is not None and right.gradient is not None:
+                np.add(left.gradient, right.gradient, out=left.gradient)
+            elif right.gradient is not None:  # passed on untouched; its vector is now the left one
+                free[at], free[at + 1] = free[at + 1], free[at]
+            gradient = right.gradient if left.gradient is None else left.gradient
+            sums.append(Partial(gradient, left.loss + right.loss, left.rows + right.rows))
+    return sums[0]
+
+
+@lru_cache(maxsize=4096)
+def merges(n_leaves: int) -> tuple[int, ...]:
+    """How many sums are complete after each leaf, left to right: each adds up the two newest terms.
+
+    >>> merges(5)
+    (0, 1, 0, 2, 1)
+    """
+    if n_leaves == 1:
+        return (0,)
+    left = left_leaves(n_leaves)
+    right = merges(n_leaves - left)
+    return (*merges(left), *right[:-1], right[-1] + 1)
 
 
 def depth(n_leaves: int) -> int:

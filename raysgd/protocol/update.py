@@ -159,8 +159,10 @@ class Update:
     ) -> Float32:
         """Block ``i`` of g, in memory that the next call writes over."""
         block, n = self.blocks[i], len(params)
-        g = self._scratch[:n]
         total = self._total(gradients, order, block, n)
+        # A sum that was made here is divided where it is: the less memory a block takes, the more the cache holds.
+        summed = total is not None and any(total.base is memory for memory in self._sums)
+        g = total if total is not None and summed else self._scratch[:n]
         if total is None:
             g.fill(0.0)
         else:

@@ -302,7 +302,7 @@ class Attempt:
     def _in_steps(self, commits: list[Commit]) -> list[Commit]:
         """Commits of rounds as commits of steps."""
         rounds = self.plan.rounds
-        return [replace(c, step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
+        return [c._replace(step=rounds.begin(c.step), steps=len(rounds.steps(c.step))) for c in commits]
 
     def _settled(self, version: int) -> None:
         """Everybody has stopped and others will carry on: what was committed is noted under who committed it."""

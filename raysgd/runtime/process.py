@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from raysgd.runtime.guard import stat_field
 
 PR_SET_PDEATHSIG = 1
+PR_SET_TIMERSLACK = 29
 
 
 def die_with_parent() -> None:
@@ -23,6 +24,12 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def wake_on_time() -> None:
+    """Have this thread's short sleeps end within a microsecond of their time, not within 50. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_TIMERSLACK, 1000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,9 @@ TOKEN_BYTES = 16
 #: seconds for which a waiting process stays awake
 SPIN_S = 200e-6
 
+#: seconds that waits must have taken of late for a nap to be worth its two switches
+NAP_FROM_S = 50e-6
+
 #: bytes before the arrays of a segment: the token, then words
 HEADER_BYTES = 4096
 
@@ -126,27 +129,48 @@ ASLEEP = 0
 
 
 class Doorbell:
-    """An abstract datagram socket to wait at. ``words``: those of the waiting process's own segment."""
+    """An abstract datagram socket to wait at.
 
-    def __init__(self, words: memoryview[int]) -> None:
+    words: those of the waiting process's own segment
+    naps: whether it leaves its core to others until an answer can be expected: for servers, which wait while others
+          compute; their timers must be fine (:func:`~raysgd.runtime.process.wake_on_time`)
+    """
+
+    def __init__(self, words: memoryview[int], naps: bool = False) -> None:
         self.name = b"\0raysgd-" + secrets.token_hex(12).encode()
-        self._words = words
+        self._words, self._naps = words, naps
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind(self.name)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
+        #: seconds that a wait took of late: a mean in which newer ones count more
+        self._usual = 0.0
 
     def wait(self, timeout: float, ready: Callable[[], bool], *, spin_s: float = SPIN_S) -> bool:
         """Wait until ``ready``, at most ``timeout`` seconds or to the first ring; whether it is.
 
         Looks for ``spin_s`` before it sleeps, giving its core to whoever else wants it: to be woken takes the system
-        many times longer than the answer of a neighbour who is awake.
+        many times longer than the answer of a neighbour who is awake. Where waits took too long of late to stay awake
+        for, it sleeps at once; else a server naps first, for half of what they took: one that is always awake can hold
+        two workers on one of two cores.
         """
-        asleep = time.perf_counter() + min(spin_s, timeout)
+        began = time.perf_counter()
+        if self._usual > 2 * spin_s:
+            spin_s = 0.0
+        elif self._naps and self._usual > NAP_FROM_S and not ready():
+            time.sleep(0.5 * self._usual)
+        is_ready = self._watch(min(spin_s, timeout), ready) or self._sleep(timeout, ready)
+        took = min(time.perf_counter() - began, 4 * SPIN_S)
+        self._usual += (took - self._usual) / 8
+        return is_ready
+
+    def _watch(self, spin_s: float, ready: Callable[[], bool]) -> bool:
+        """Look until ``ready``, for ``spin_s`` seconds; whether it is."""
+        until = time.perf_counter() + spin_s
         while not ready():
-            if time.perf_counter() >= asleep:
-                return self._sleep(timeout, ready)
+            if time.perf_counter() >= until:
+                return False
             os.sched_yield()
         return True
 

@@ -30,6 +30,7 @@ from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Pulled, Push, PushReply, Reply, Request, Verdict
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.tree import Partial
+from raysgd.runtime.process import wake_on_time
 from raysgd.runtime.segment import ASLEEP, Address, Doorbell, Ringer, Segment
 
 #: seconds after which a waiting process looks at the shared state although no bell rang
@@ -378,7 +379,7 @@ class SharedServer:
 
     def __init__(self, shard: ServerShard, board: Board, lock: Any, on_advance: Callable[[], None]) -> None:
         self.shard, self.board, self.lock, self.on_advance = shard, board, lock, on_advance
-        self._bell = Doorbell(board.words)
+        self._bell = Doorbell(board.words, naps=True)
         self._ringer = Ringer()
         self._workers: list[tuple[SlotsAddress, Slots]] = []
         #: the nodes and incarnations of all slots together, and whether pushes of all of them stand as a whole step
@@ -442,6 +443,7 @@ class SharedServer:
         self._ringer.close()
 
     def _serve(self) -> None:
+        wake_on_time()
         while not self._closed:
             self._bell.wait(RESCAN_S, self._something)
             with self.lock:

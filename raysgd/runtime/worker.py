@@ -73,11 +73,14 @@ def train_loop(
     learner: ValueAndGrad,
     batch: Callable[[int, int], Batch | None],
     local: LocalSteps | None = None,
+    ahead: Callable[[int], None] | None = None,
 ) -> LoopReport:
     """Carry out the client's instructions until it is done.
 
     Requests go out before a gradient is computed, and answers that are there by then are taken first; without a
     gradient to compute the worker waits. Where the transport was stopped the loop ends before the next step.
+
+    ahead: draws the rows of a step, which is done while the servers apply the one before
     """
     rows, compute_s, wait_s = 0, 0.0, 0.0
     scratch: list[Float32] = []
@@ -87,7 +90,11 @@ def train_loop(
             return LoopReport(Done("stopped", client.step), rows, compute_s, wait_s)
         began = time.perf_counter()
         if requests or compute is None:
-            replies = transport.exchange(requests, wait=compute is None)
+            replies = transport.exchange(requests, wait=False)
+            if not replies and compute is None:
+                if ahead is not None and client.step < client.until:
+                    ahead(client.step)
+                replies = transport.exchange((), wait=True)
             pending = client.retry() if replies is None else [i for reply in replies for i in client.handle(reply)]
             requests, found = _sorted(pending)
             compute = compute or found
@@ -213,7 +220,8 @@ class Worker:
             nodes=share.nodes,
         )
         loader = self._loader(share.assignment.run)
-        report = train_loop(client, self._transport(share), task.learner, loader.batch, task.local)
+        ahead = loader.draw if task.local is None else None
+        report = train_loop(client, self._transport(share), task.learner, loader.batch, task.local, ahead)
         if self.relay is not None:
             self.relay.check()
         if report.done.reason in ("reached", "diverged"):

@@ -7,6 +7,7 @@ import pytest
 from learn_batches import random_batch
 
 from raysgd.learn.batch import Batch, Inputs, Target
+from raysgd.learn.losses import Logistic, Squared
 from raysgd.learn.models import MLP, LinearRegression, LogisticRegression, SoftmaxRegression
 
 CASES = {
@@ -76,3 +77,45 @@ def test_what_out_held_before_does_not_matter(name):
     first = result(bound, params, batch, np.full_like(params, np.nan))
     assert result(bound, params, batch, np.full_like(params, -0.0)) == first
     assert b"\x00\x00\xc0\x7f" not in first[1]  # no NaN is left over
+
+
+@pytest.mark.parametrize("name", ["linear", "logistic"])
+@pytest.mark.parametrize("inputs", INPUTS, ids=str)
+def test_batches_that_pass_through_the_loss_together_give_the_bytes_of_each_by_itself(name, inputs):
+    model, classes = CASES[name]
+    bound = model.bind(inputs, Target(classes))
+    random = np.random.default_rng(2)
+    params = bound.initial(0) + random.normal(0, 0.3, bound.layout.n_params).astype(np.float32)
+    for sizes in ([1], [1, 1, 1], [256] * 4, [128] * 8, [31, 1, 64, 7, 129, 2, 500], [15, 16, 17, 33], [9000, 8193]):
+        for weighted in ([False] * len(sizes), [i % 2 == 0 for i in range(len(sizes))]):
+            batches = [
+                random_batch(n, inputs, classes, seed=i, weighted=w, unseen=0.1)
+                for i, (n, w) in enumerate(zip(sizes, weighted, strict=True))
+            ]
+            for batch, (value, delta) in zip(batches, bound.forward(params, batches), strict=True):
+                together, alone = np.empty_like(params), np.empty_like(params)
+                bound.backward(delta, batch, together)
+                assert bound.value_and_grad(params, batch, alone) == value
+                assert together.tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("loss", [Logistic(), Squared()], ids=lambda loss: loss.name)
+def test_a_losses_arithmetic_does_not_depend_on_a_rows_place(loss):
+    """Every length and every begin: numpy takes rows in lanes of a register, and what is left over differently."""
+    random = np.random.default_rng(3)
+    extremes = np.array([0.0, -0.0, 1e-38, -1e-42, 88.7, -88.8, 104.0, -104.1, 3e38, -3e38], np.float32)
+    scores = np.concatenate([random.normal(0, 8, 300).astype(np.float32), extremes])[random.permutation(310), None]
+    label = random.integers(0, 2, 310).astype(np.float32)
+    losses, gradient = loss.row_by_row(scores, label)
+    for begin in range(64):
+        for n in (*range(1, 70), 200, 246):
+            rows = slice(begin, begin + n)
+            some, part = loss.row_by_row(scores[rows].copy(), label[rows].copy())
+            assert some.tobytes() == losses[rows].tobytes()
+            assert part.tobytes() == gradient[rows].tobytes()
+
+
+def test_which_losses_pass_together():
+    """The cross-entropy adds up a row by a matrix product: its bytes may depend on how many rows there are."""
+    bound = {name: model.bind(INPUTS[0], Target(classes)) for name, (model, classes) in CASES.items()}
+    assert [name for name, b in bound.items() if getattr(b, "row_by_row", None)] == ["linear", "logistic"]

@@ -128,7 +128,7 @@ def test_a_step_that_comes_again_or_too_late_continues_nothing(step: int) -> Non
 
 
 def test_a_round_of_several_steps_is_as_long_as_it_says() -> None:
-    made = entry(replace(commit(6, parts(2, 1)), steps=3), attempt=1, generation=2, timeline=3, shard=4)
+    made = entry(commit(6, parts(2, 1))._replace(steps=3), attempt=1, generation=2, timeline=3, shard=4)
     assert (made.attempt, made.generation, made.timeline, made.shard, made.begin, made.end) == (1, 2, 3, 4, 6, 9)
 
 

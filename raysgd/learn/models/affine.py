@@ -60,12 +60,12 @@ class InputLayer:
             out[where] = fan_in_uniform(shape, fan_in, scale, seed, self.prefix + name)
         out[self._slices[2]] = 0
 
-    def forward(self, params: Float32, batch: Batch) -> Float32:
-        """(n_rows, k) float32, fresh."""
+    def forward(self, params: Float32, batch: Batch, out: Float32 | None = None) -> Float32:
+        """(n_rows, k) float32, in ``out`` or fresh."""
         weights, codes, bias = self._slices
         k = self.outputs
-        z: Float32 = np.matmul(batch.numeric, params[weights].reshape(-1, k))
-        if self.inputs.n_codes:
+        z: Float32 = np.matmul(batch.numeric, params[weights].reshape(-1, k), out=out)
+        if codes.start < codes.stop:
             self._look_up(z, params[codes].reshape(-1, k), batch)
         z += params[bias]
         return z
@@ -74,7 +74,7 @@ class InputLayer:
         """Writes the gradient of its parameters into ``out`` (n_params,); delta: (n_rows, k), by the outputs."""
         weights, codes, bias = self._slices
         np.matmul(batch.numeric.T, delta, out=out[weights].reshape(-1, self.outputs))
-        if self.inputs.n_codes:
+        if codes.start < codes.stop:
             self._scatter(delta, batch, out[codes])
         sum_rows(delta, out[bias])
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
-from raysgd.learn.batch import Batch, Float32, Inputs, Target
+from raysgd.learn.batch import Batch, Float32, Inputs, Target, joined_weights
 from raysgd.learn.checks import number_problems
-from raysgd.learn.losses import CrossEntropy, Logistic, Loss, Squared, TargetKind
+from raysgd.learn.losses import CrossEntropy, Logistic, Loss, RowByRow, Squared, TargetKind
 from raysgd.learn.models.affine import InputLayer
 from raysgd.learn.models.base import Model, ValueAndGrad, refuse_unfit
 from raysgd.learn.parameters import Layout
@@ -39,6 +41,33 @@ class BoundLinear:
             value, delta = self.loss.value_and_gradient(scores, batch.label, batch.weight)
             self.layer.backward(delta, batch, out)
         return value
+
+    @cached_property
+    def row_by_row(self) -> RowByRow | None:
+        """The loss, where :meth:`forward` can be used."""
+        return self.loss if isinstance(self.loss, RowByRow) else None
+
+    def forward(self, params: Float32, batches: Sequence[Batch]) -> list[tuple[float, Float32]]:
+        """For each batch the sum of its losses, and their gradient by the scores, for :meth:`backward`.
+
+        All rows go through the loss together: of small batches the calls cost more than the arithmetic. What adds rows
+        up is called batch by batch, so that the bytes are those of :meth:`value_and_grad`. What overflows warns, unless
+        the caller has numpy ignore it.
+        """
+        loss = self.row_by_row
+        assert loss is not None
+        ends = list(accumulate(map(len, batches)))
+        cuts = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
+        label, weight = np.concatenate([batch.label for batch in batches]), joined_weights(batches)
+        scores = np.empty((ends[-1], self.layer.outputs), np.float32)
+        for cut, batch in zip(cuts, batches, strict=True):
+            self.layer.forward(params, batch, scores[cut])
+        losses, delta = loss.row_by_row(scores, label, weight)
+        return [(loss.total(losses[cut]), delta[cut]) for cut in cuts]
+
+    def backward(self, delta: Float32, batch: Batch, out: Float32) -> None:
+        """The gradient of a batch into ``out`` (n_params,), from what :meth:`forward` gave for it."""
+        self.layer.backward(delta, batch, out)
 
     def scores(self, params: Float32, batch: Batch) -> Float32:
         with np.errstate(over="ignore", invalid="ignore"):
