@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from raysgd import failpoints
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
@@ -467,7 +468,11 @@ class SharedServer:
         else:
             self._take_each()
         if (shard.version, shard.sequence, shard.diverged) != before:
+            if failpoints.armed:
+                failpoints.reach("server.applied", shard.version)
             self.publish()
+            if failpoints.armed:
+                failpoints.reach("server.published", shard.version)
             self.on_advance()
         elif len(shard.outbox) > said:
             self.on_advance()

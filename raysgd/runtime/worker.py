@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
+from raysgd import failpoints
 from raysgd.data.dataset import Dataset
 from raysgd.data.encode import Encoder
 from raysgd.data.loader import Loader
@@ -91,6 +92,8 @@ def train_loop(
         began = time.perf_counter()
         if requests or compute is None:
             replies = transport.exchange(requests, wait=False)
+            if failpoints.armed and compute is None:
+                failpoints.reach("worker.pushed", client.step - 1)
             if not replies and compute is None:
                 if ahead is not None and client.step < client.until:
                     ahead(client.step)
@@ -101,8 +104,12 @@ def train_loop(
             wait_s += time.perf_counter() - began
         if compute is not None and not requests and client.done is None:
             began = time.perf_counter()
+            if failpoints.armed:
+                failpoints.reach("worker.compute", compute.step)
             sums = subtree_sums(learner, compute, batch, local, transport.outputs(compute.step), scratch)
             rows += sum(s.rows for s in sums)
+            if failpoints.armed:
+                failpoints.reach("worker.computed", compute.step)
             requests, compute = _sorted(client.computed(compute.step, sums))
             compute_s += time.perf_counter() - began
     return LoopReport(client.done, rows, compute_s, wait_s)

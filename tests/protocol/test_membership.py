@@ -148,14 +148,14 @@ def test_a_budget_of_losses_and_its_refill() -> None:
         assert isinstance(membership.handle(Left(worker, "gone"))[0], Start)
     membership.handle(Committed(1))  # no progress since
     membership.handle(Joined(4))
-    why = "worker 4 was lost: out of memory; losses without progress: 3, 2 are borne"
+    why = "worker 4 was lost: out of memory; losses without progress: 3, 2 are borne (run.failure_config.max_failures)"
     assert membership.handle(Left(4, "out of memory")) == [Fail(why)]
 
 
 def test_no_loss_is_borne_where_none_is_allowed() -> None:
     _, decisions = after([*joined(0, 1), Left(0, "gone")], max_failures=0)
     assert decisions == [
-        Fail("worker 0 was lost: gone; losses without progress: 1, none is borne (failure.max_failures)")
+        Fail("worker 0 was lost: gone; losses without progress: 1, none is borne (run.failure_config.max_failures)")
     ]
 
 
@@ -169,7 +169,7 @@ def test_the_reason_of_a_kill_is_told() -> None:
     assert decisions == [
         Fail(
             "worker 0 was lost: it hung for 3.0 s in step 7: no answer, and no CPU time; "
-            "losses without progress: 1, none is borne (failure.max_failures)"
+            "losses without progress: 1, none is borne (run.failure_config.max_failures)"
         )
     ]
 
