@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from raysgd.protocol.membership import (
     Kill,
     Left,
     Membership,
+    Share,
     Silent,
     Start,
     Wait,
@@ -148,14 +150,14 @@ def test_a_budget_of_losses_and_its_refill() -> None:
         assert isinstance(membership.handle(Left(worker, "gone"))[0], Start)
     membership.handle(Committed(1))  # no progress since
     membership.handle(Joined(4))
-    why = "worker 4 was lost: out of memory; losses without progress: 3, 2 are borne"
+    why = "worker 4 was lost: out of memory; losses without progress: 3, 2 are borne (run.failure_config.max_failures)"
     assert membership.handle(Left(4, "out of memory")) == [Fail(why)]
 
 
 def test_no_loss_is_borne_where_none_is_allowed() -> None:
     _, decisions = after([*joined(0, 1), Left(0, "gone")], max_failures=0)
     assert decisions == [
-        Fail("worker 0 was lost: gone; losses without progress: 1, none is borne (failure.max_failures)")
+        Fail("worker 0 was lost: gone; losses without progress: 1, none is borne (run.failure_config.max_failures)")
     ]
 
 
@@ -164,12 +166,25 @@ def test_an_announced_loss_is_not_charged() -> None:
     assert decisions == [Start(1)]
 
 
+def test_a_server_is_charged_to_the_same_budget() -> None:
+    membership, _ = after([*joined(0, 1), Left(0, "gone")], max_failures=2)
+    assert membership.charge("server 1 was lost: gone") == []
+    why = "server 0 was lost: gone; losses without progress: 3, 2 are borne (run.failure_config.max_failures)"
+    assert membership.charge("server 0 was lost: gone") == [Fail(why)]
+
+
+def test_a_share_begins_at_the_least_that_any_shard_has() -> None:
+    assignment = Membership(4).assign(0, Range(0, 4))
+    share = Share.at(assignment, 4, [np.array([5, 5, 6, 6]), np.array([6, 6, 6, 6])])
+    assert (share.assignment, share.start, share.nodes) == (assignment, 5, (Range(0, 2), Range(2, 4)))
+
+
 def test_the_reason_of_a_kill_is_told() -> None:
     _, decisions = after([*joined(0), Silent(0, 7, 3.0), Left(0, "SIGKILL")], max_failures=0)
     assert decisions == [
         Fail(
             "worker 0 was lost: it hung for 3.0 s in step 7: no answer, and no CPU time; "
-            "losses without progress: 1, none is borne (failure.max_failures)"
+            "losses without progress: 1, none is borne (run.failure_config.max_failures)"
         )
     ]
 
