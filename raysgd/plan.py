@@ -33,7 +33,7 @@ from raysgd.protocol.generation import Generation
 from raysgd.protocol.rounds import Rounds
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse_shard import SparseShard, make_sparse_shard
-from raysgd.protocol.stale import shard_class
+from raysgd.protocol.stale import shard_class, succeeds
 from raysgd.protocol.update import PlannedRows, Rule
 from raysgd.sections import model_to_dict
 from raysgd.spec import RunSpec
@@ -186,8 +186,8 @@ class Plan:
 
     @property
     def succeeds(self) -> bool:
-        """Whether a server's successor can go on from the memory that it left: where all shards keep whole versions."""
-        return self.consistency.exact and not self.sparse
+        """Whether a server's successor can go on from the memory that it left."""
+        return not self.sparse and succeeds(self.consistency, self.rule, len(self.spans()))
 
     def successors(self) -> list[Callable[..., ServerShard]]:
         """What makes the state machine of each dense server shard, but for what it begins at; pickles."""

@@ -10,7 +10,7 @@ import numpy as np
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
-from raysgd.protocol.membership import Assignment
+from raysgd.protocol.membership import Share
 from raysgd.protocol.sparse import Sparse, SparsePartial
 from raysgd.protocol.sparse_client import SparseClient, SparseCompute, Touch
 from raysgd.protocol.sparse_compute import Touched, sparse_sums, touch
@@ -64,8 +64,8 @@ class SparseSimulation(Simulation):
             generation=generation,
         )
 
-    def make_client(self, assignment: Assignment, start: int) -> SparseClient:
-        return SparseClient(assignment, self.problem.n_virtual, self.spans, start=start, until=self.goal)
+    def make_client(self, share: Share) -> SparseClient:
+        return SparseClient(share.assignment, self.problem.n_virtual, self.spans, start=share.start, until=self.goal)
 
     def tell(self, shard: int) -> None:
         """Sparse shards have nothing to say to one another: the norm of the gradient is not limited."""

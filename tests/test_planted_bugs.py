@@ -12,7 +12,7 @@ import pytest
 from hostile import STEPS, V, bsp_loss, problem, truth, wrong
 
 from raysgd.errors import DivergedError
-from raysgd.learn.batch import Batch, Float32
+from raysgd.learn.batch import Batch, Float32, Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol import membership as membership_module
 from raysgd.protocol import sparse_shard as sparse_module
@@ -21,11 +21,11 @@ from raysgd.protocol.client import Client
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Gate
 from raysgd.protocol.generation import Generation
-from raysgd.protocol.membership import Assignment, Membership
+from raysgd.protocol.membership import Assignment, Membership, Share
 from raysgd.protocol.messages import Pull, Pulled, Push, Verdict
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.stale import StaleShard
-from raysgd.protocol.tree import EMPTY, Partial, TreeSum, add
+from raysgd.protocol.tree import EMPTY, Partial, TreeSum, add, cover
 from raysgd.simulate import Faults, Outcome, servers, simulate, simulation
 
 Patch = pytest.MonkeyPatch
@@ -281,14 +281,31 @@ def roll_back_without_optimizer_state(patch: Patch) -> None:
 # -- assignments
 
 
+def latest(patch: Patch) -> None:
+    """Whoever takes over begins where the furthest shard is, not the last."""
+    at = Share.at
+
+    def late(assignment: Assignment, n_virtual: int, clocks: Sequence[Int64]) -> Share:
+        furthest = max(int(c[assignment.run.slice].min()) for c in clocks)
+        return replace(at(assignment, n_virtual, clocks), start=furthest)
+
+    patch.setattr(Share, "at", late)
+
+
 @bug()
 def clocks_maximum_instead_of_minimum(patch: Patch) -> None:
-    patch.setattr(simulation, "first_step", lambda run, clocks: max(int(c[run.slice].min()) for c in clocks))
+    latest(patch)
 
 
 @bug("ssp")
 def stale_clocks_maximum_instead_of_minimum(patch: Patch) -> None:
-    patch.setattr(simulation, "first_step", lambda run, clocks: max(int(c[run.slice].min()) for c in clocks))
+    latest(patch)
+
+
+@bug("ssp")
+def nodes_not_cut_where_clocks_differ(patch: Patch) -> None:
+    """The dead left some leaves ahead of others; they are pushed together all the same."""
+    patch.setattr(membership_module, "pieces", lambda run, n_virtual, _clocks: cover(run, n_virtual))
 
 
 @bug()

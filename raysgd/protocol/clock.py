@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from raysgd.learn.batch import Int64
@@ -31,14 +29,3 @@ class Clocks:
     def advance(self, run: Range) -> None:
         """One more committed step for each virtual worker of ``run``."""
         self.steps[run.slice] += 1
-
-
-def first_step(run: Range, clocks: Sequence[Int64]) -> int:
-    """Where whoever is given ``run`` has to begin: at the least that any shard has committed from it.
-
-    clocks: of every server shard, (n_virtual,), read when all of them know the new incarnations
-
-    >>> first_step(Range(0, 2), [np.array([5, 6, 4]), np.array([6, 6, 5])])
-    5
-    """
-    return min(int(c[run.slice].min()) for c in clocks)

@@ -16,16 +16,15 @@ from raysgd.errors import DivergedError
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import block_width, even_split
 from raysgd.protocol.client import Client, Compute, Done
-from raysgd.protocol.clock import first_step
 from raysgd.protocol.compute import subtree_sums
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation, finite
 from raysgd.protocol.ledger import check
-from raysgd.protocol.membership import Assignment, Event, Joined, Membership
+from raysgd.protocol.membership import Assignment, Event, Joined, Membership, Share
 from raysgd.protocol.messages import Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.sparse import SparsePull, SparsePush
 from raysgd.protocol.stale import shard_class, succeeds
-from raysgd.protocol.tree import Partial, pieces
+from raysgd.protocol.tree import Partial
 from raysgd.simulate import driver, servers
 from raysgd.simulate.network import Delivery, Network
 from raysgd.simulate.problem import Faults, Outcome, Problem
@@ -192,16 +191,15 @@ class Simulation:
             commits=commits,
         )
 
-    def make_client(self, assignment: Assignment, start: int) -> Any:
-        n_virtual = self.problem.n_virtual
+    def make_client(self, share: Share) -> Any:
         return Client(
-            assignment,
-            n_virtual,
+            share.assignment,
+            self.problem.n_virtual,
             self.spans,
-            start=start,
+            start=share.start,
             until=self.goal,
             consistency=self.problem.consistency,
-            nodes=pieces(assignment.run, n_virtual, [s.clocks.steps for s in self.shards]),
+            nodes=share.nodes,
         )
 
     def compute(self, seat: Seat, content: Any) -> list[Any]:
@@ -227,9 +225,9 @@ class Simulation:
 
     def start(self, assignment: Assignment) -> None:
         """Begin where all shards' clocks say, under incarnations that all of them know."""
-        begin = first_step(assignment.run, [s.clocks.steps for s in self.shards])
+        share = Share.at(assignment, self.problem.n_virtual, [s.clocks.steps for s in self.shards])
         self.current.append(len(self.seats))
-        self.seats.append(Seat(assignment.worker, self.make_client(assignment, begin)))
+        self.seats.append(Seat(assignment.worker, self.make_client(share)))
         self.begin_seat(self.current[-1])
 
     def begin_seat(self, index: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from raysgd.protocol.membership import (
     Kill,
     Left,
     Membership,
+    Share,
     Silent,
     Start,
     Wait,
@@ -162,6 +164,19 @@ def test_no_loss_is_borne_where_none_is_allowed() -> None:
 def test_an_announced_loss_is_not_charged() -> None:
     _, decisions = after([*joined(0, 1), Draining(0), Left(0, "gone")], max_failures=0)
     assert decisions == [Start(1)]
+
+
+def test_a_server_is_charged_to_the_same_budget() -> None:
+    membership, _ = after([*joined(0, 1), Left(0, "gone")], max_failures=2)
+    assert membership.charge("server 1 was lost: gone") == []
+    why = "server 0 was lost: gone; losses without progress: 3, 2 are borne (run.failure_config.max_failures)"
+    assert membership.charge("server 0 was lost: gone") == [Fail(why)]
+
+
+def test_a_share_begins_at_the_least_that_any_shard_has() -> None:
+    assignment = Membership(4).assign(0, Range(0, 4))
+    share = Share.at(assignment, 4, [np.array([5, 5, 6, 6]), np.array([6, 6, 6, 6])])
+    assert (share.assignment, share.start, share.nodes) == (assignment, 5, (Range(0, 2), Range(2, 4)))
 
 
 def test_the_reason_of_a_kill_is_told() -> None:
