@@ -31,11 +31,12 @@ from raysgd.protocol.membership import Assignment, Share
 from raysgd.protocol.messages import Request
 from raysgd.protocol.sparse import SparsePull, SparseReply
 from raysgd.protocol.sparse_client import SparseClient
+from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.relay import NodeRelay, Traffic, actor_calls
 from raysgd.runtime.report import LoopReport
-from raysgd.runtime.shared import BoardAddress, SharedMemory, SlotsAddress
+from raysgd.runtime.shared import SharedMemory, SlotsAddress
 from raysgd.runtime.sparse_loop import scores_at, sparse_loop
 from raysgd.runtime.sparse_shared import SparseSharedMemory
 from raysgd.runtime.transport import ActorCalls, Transport

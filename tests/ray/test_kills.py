@@ -52,7 +52,7 @@ class Said(Silent):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("losses") / "runs")
+    return write_table(tmp_path_factory.mktemp("kills") / "runs")
 
 
 @pytest.fixture(scope="module")
