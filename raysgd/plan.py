@@ -161,8 +161,7 @@ class Plan:
     def shards(self, generation: Generation | None) -> list[Callable[..., ServerShard | SparseShard]]:
         """What makes the state machine of each server shard, beginning at ``generation``; pickles.
 
-        The generation's steps become rounds, as the protocol counts. None: version 0, which sparse shards make
-        themselves.
+        The generation's steps become rounds, as the protocol counts. None: version 0, which the shards make themselves.
         """
         spans = self.spans()
         if isinstance(self.learner, BoundHashed):
@@ -179,9 +178,11 @@ class Plan:
                 )
                 for i, span in enumerate(spans)
             ]
-        generation = generation or self.initial()
+        makers = list(zip(self.successors(), spans, strict=True))
+        if generation is None:
+            seed, slots = self.spec.train.seed, tuple(self.spec.optimizer.slots)
+            return [partial(_at_version_0, make, self.learner, seed, span, slots) for make, span in makers]
         begin = replace(generation, step=self.rounds.at(generation.step))
-        makers = zip(self.successors(), spans, strict=True)
         return [partial(make, generation=begin.cut(span)) for make, span in makers]
 
     @property
@@ -231,6 +232,14 @@ class Plan:
             f"steps: {self.steps_per_epoch:,} an epoch, {self.total_steps:,} in all; batches of {train.batch_size:,} "
             f"rows over {train.virtual_workers} virtual workers; windows of {self.sampler.window_rows:,} rows",
         ]
+
+
+def _at_version_0(
+    make: Callable[..., ServerShard], learner: ValueAndGrad, seed: int, span: Range, slots: tuple[str, ...], **kept: Any
+) -> ServerShard:
+    """A shard at its part of the initial parameters, made where it is kept: they need not travel."""
+    params = learner.initial(seed)[span.slice]
+    return make(generation=Generation(0, params, {slot: np.zeros_like(params) for slot in slots}), **kept)
 
 
 def hash_bits(spec: RunSpec) -> int:

@@ -161,11 +161,11 @@ class ServerShard(Gate[TreeSum]):
         elif norms.asks and self._last_norms is not None and norms.step == self._last_norms[0]:
             self.outbox.append(Norms(self.index, norms.shard, *self._last_norms))
 
-    def snapshot(self, version: int) -> Generation:
-        """A copy of one of the two generations. KeyError where ``version`` is neither."""
+    def snapshot(self, version: int, part: Range | None = None) -> Generation:
+        """A copy of one of the two generations, of all coordinates or some. KeyError where ``version`` is neither."""
         for generation in (self._newest, self._previous):
             if generation.step == version >= 0:
-                return generation.copy()
+                return generation.copy() if part is None else generation.cut(part)
         raise KeyError(f"shard {self.index} holds versions {self._previous.step} and {self.version}, not {version}")
 
     def _shaped(self, push: Push) -> bool:

@@ -78,12 +78,12 @@ class StaleShard(ServerShard):
             return Pulled(self.index, version, self._newest.params.copy())
         return self._later(pull.version)
 
-    def snapshot(self, version: int) -> Generation:
+    def snapshot(self, version: int, part: Range | None = None) -> Generation:
         """A copy, where all virtual workers stand at ``version``. KeyError elsewhere: it holds parts of later steps."""
         clocks = self.clocks.steps
         if int(clocks.min()) != version or int(clocks.max()) != version:
             raise KeyError(f"shard {self.index} is at steps {clocks.min()} to {clocks.max()}, not at {version}")
-        copy = self._newest.copy()
+        copy = self._newest.copy() if part is None else self._newest.cut(part)
         copy.step = version
         return copy
 

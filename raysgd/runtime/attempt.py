@@ -26,7 +26,7 @@ from raysgd.learn.parameters import Range
 from raysgd.learn.schedules import next_multiple
 from raysgd.plan import Plan
 from raysgd.protocol.gate import Commit
-from raysgd.protocol.generation import Generation, join
+from raysgd.protocol.generation import Generation
 from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
 from raysgd.runtime.calls import call
@@ -35,7 +35,7 @@ from raysgd.runtime.gang import Gang
 from raysgd.runtime.report import LoopReport
 from raysgd.storage import Storage
 
-#: coordinates of a sparse model that are read from a server at a time
+#: coordinates that are read from a server at a time
 PART = 1 << 22
 
 
@@ -160,23 +160,18 @@ class Attempt:
         self.on_checkpoint(generation.step, saved.digest())
 
     def _snapshot(self, version: int) -> Generation:
-        """Parameters and state of all servers at a version; of a sparse model in parts, so that there is one copy."""
-        gang, reading = self.gang, "reading the servers' state"
-        if not self.plan.sparse:
-            return join(self.crew.call(lambda: [s.snapshot.remote(version) for s in gang.server_actors], reading))
-        n_params = self.plan.learner.layout.n_params
-        slots = self.plan.spec.optimizer.slots
-        whole = Generation(
-            version, np.empty(n_params, np.float32), {slot: np.empty(n_params, np.float32) for slot in slots}
-        )
-        for server, span in zip(gang.server_actors, self.plan.spans(), strict=True):
+        """Parameters and state of all servers at a version; in parts, so that there is one copy of them."""
+        return self.crew.surviving(partial(self._read_state, version))
+
+    def _read_state(self, version: int) -> Generation:
+        n_params, slots = self.plan.learner.layout.n_params, self.plan.spec.optimizer.slots
+        state = {slot: np.empty(n_params, np.float32) for slot in slots}
+        whole = Generation(version, np.empty(n_params, np.float32), state)
+        for server, span in zip(self.gang.server_actors, self.plan.spans(), strict=True):
             for begin in range(0, len(span), PART):
                 part = Range(begin, min(begin + PART, len(span)))
-                found = self.crew.call(lambda s=server, p=part: [s.part.remote(version, p)], reading)[0]  # type: ignore[misc]
-                into = whole.block(slice(span.begin + part.begin, span.begin + part.end))
-                into.params[...] = found.params
-                for slot in slots:
-                    into.state[slot][...] = found.state[slot]
+                [found] = self.gang.call([server.snapshot.remote(version, part)], "reading the servers' state")
+                whole.block(slice(span.begin + part.begin, span.begin + part.end)).take(found)
         return whole
 
     def halt(self) -> None:

@@ -154,15 +154,10 @@ class Server:
             self._publish()
         return version
 
-    async def snapshot(self, version: int) -> Generation:
+    async def snapshot(self, version: int, part: Range) -> Generation:
+        """A copy of these coordinates of the shard at a version."""
         with self.lock:
-            found: Generation = self.shard.snapshot(version)
-        return found
-
-    async def part(self, version: int, coordinates: Range) -> Generation:
-        """A copy of these coordinates of a sparse shard at a version."""
-        with self.lock:
-            found: Generation = self.shard.snapshot(version, coordinates)
+            found: Generation = self.shard.snapshot(version, part)
         return found
 
     async def commits(self, since: int) -> list[Commit]:
