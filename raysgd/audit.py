@@ -63,16 +63,17 @@ class Ledger:
         return self._ends.get(shard, self._begin)
 
     def take(self, shard: int, commits: Sequence[Commit], parts: Parts, generation: int) -> None:
-        """Note a shard's commits, in steps and in order; those already noted are passed over.
+        """Note a shard's commits, in steps and in order; those that an earlier reading noted are passed over.
 
         parts: who was assigned, for commits that a successor found in memory without them: nobody else passes the fence
         """
+        noted = self.end(shard)
         for commit in commits:
-            if commit.step < self.end(shard):
+            if commit.step < noted:
                 continue
             line = entry(commit, attempt=self._attempt, generation=generation, timeline=self._timeline, shard=shard)
             extend(self._lines, line if line.parts else replace(line, parts=parts))
-            self._ends[shard] = commit.step + commit.steps
+            self._ends[shard] = max(self.end(shard), commit.step + commit.steps)
 
     def flush(self) -> None:
         """Append what is new, and the newest record of each shard again, if it has grown."""
