@@ -61,7 +61,7 @@ class Killer(threading.Thread):
 
     def _version(self) -> int | None:
         """The newest version on the first server's board, whoever is the first server."""
-        from raysgd.runtime.shared import NEWEST, Board
+        from raysgd.runtime.board import NEWEST, Board
 
         boards = [] if self.gang is None else self.gang.boards
         if not boards:

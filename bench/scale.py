@@ -75,7 +75,8 @@ def server(n_virtual: int, n_servers: int, index: int) -> None:
     from raysgd.protocol.generation import Generation
     from raysgd.protocol.shard import ServerShard
     from raysgd.protocol.update import PlannedRows, Rule
-    from raysgd.runtime.shared import Board, SharedServer
+    from raysgd.runtime.board import Board
+    from raysgd.runtime.shared import SharedServer
 
     span = even_split(GRADIENT, n_servers)[index]
     n_params = len(span)

@@ -69,7 +69,8 @@ def server(staleness: float, steps: int) -> None:
     from raysgd.protocol.consistency import Consistency
     from raysgd.protocol.generation import Generation
     from raysgd.protocol.stale import shard_class
-    from raysgd.runtime.shared import Board, SharedServer
+    from raysgd.runtime.board import Board
+    from raysgd.runtime.shared import SharedServer
 
     learner, rule = problem(steps)
     n = learner.layout.n_params
@@ -138,7 +139,7 @@ def seconds(scenario: str, index: int, random: np.random.Generator) -> float:
 
 def train(staleness: float, steps: int, scenario: str) -> tuple[list[tuple[float, Any]], float, int]:
     """(seconds, parameters) while it trains; the workers' waiting share; the greatest staleness of a push."""
-    from raysgd.runtime.shared import NEWEST, Board
+    from raysgd.runtime.board import NEWEST, Board
 
     host = Child("bench.staleness", "server", staleness, steps)
     address = host.hear()

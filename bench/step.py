@@ -42,7 +42,8 @@ def raysgd_server(n_params: int, index: int) -> None:
     from raysgd.protocol.generation import Generation
     from raysgd.protocol.shard import ServerShard
     from raysgd.protocol.update import PlannedRows, Rule
-    from raysgd.runtime.shared import Board, SharedServer
+    from raysgd.runtime.board import Board
+    from raysgd.runtime.shared import SharedServer
 
     span = even_split(n_params, servers_for(n_params))[index]
     board = Board.create(len(span))

@@ -28,6 +28,7 @@ class Job:
     epochs: int
     warm_epochs: int = WARM_EPOCHS
     num_workers: int = 2
+    num_servers: int = 1
     learning_rate: float = 0.01
     cache_bytes: int = 2**30
     adagrad: bool = False
@@ -49,7 +50,9 @@ class Job:
                 batch_size=self.batch_size,
                 virtual_workers=self.virtual_workers,
                 epochs=epochs,
-                scaling_config=raysgd.ScalingConfig(num_workers=self.num_workers, cache_bytes=self.cache_bytes),
+                scaling_config=raysgd.ScalingConfig(
+                    num_workers=self.num_workers, num_servers=self.num_servers, cache_bytes=self.cache_bytes
+                ),
                 run_config=raysgd.RunConfig(
                     name="bench",
                     storage_path=directory,

@@ -45,6 +45,11 @@ NAMES = {
     "checkpoint.rename": "save, locally: all files are written, the checkpoint does not count yet",
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
+    "worker.compute": "a worker is about to compute a step, of a dense model",
+    "worker.computed": "its sums lie where the servers read them; no server has been told",
+    "worker.pushed": "the servers were told; it waits for the next version",
+    "server.applied": "a server has written the next version; nobody has been told",
+    "server.published": "the node has been told of the next version, the driver has not read the commit",
 }
 
 ACTIONS = "kill, raise, enospc, sleep=SECONDS"

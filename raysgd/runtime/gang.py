@@ -13,13 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
+from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call
 from raysgd.runtime.place import relay_hosts
 from raysgd.runtime.process import Process
 from raysgd.runtime.pulse import Pulse
 from raysgd.runtime.server import Place, ServerActor
 from raysgd.runtime.session import SINGLE_THREADED
-from raysgd.runtime.shared import BoardAddress
 from raysgd.runtime.worker import WorkerActor
 from raysgd.spec import ScalingConfig
 

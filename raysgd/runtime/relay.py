@@ -28,23 +28,9 @@ from raysgd.learn.parameters import Range
 from raysgd.protocol.messages import Pull, Pulled, Push, PushReply, Reply, Request
 from raysgd.protocol.relay import Relay, whole_nodes
 from raysgd.protocol.tree import Partial
+from raysgd.runtime.board import DIVERGED, FROZEN, NEWEST, SEQUENCE, Board, BoardAddress
 from raysgd.runtime.segment import ASLEEP, Doorbell, Ringer, Segment
-from raysgd.runtime.shared import (
-    BY_SHARD,
-    DIVERGED,
-    FROZEN,
-    LOSS,
-    NEWEST,
-    PRESENT,
-    RESCAN_S,
-    ROWS,
-    SEQUENCE,
-    VERDICTS,
-    Board,
-    BoardAddress,
-    Slots,
-    SlotsAddress,
-)
+from raysgd.runtime.shared import BY_SHARD, LOSS, PRESENT, RESCAN_S, ROWS, VERDICTS, Slots, SlotsAddress
 from raysgd.runtime.transport import ServerLostError
 
 #: a call without an answer is said again after this long; servers answer within a second

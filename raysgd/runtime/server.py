@@ -23,9 +23,10 @@ from raysgd.protocol.messages import Norms, NotYet, Pull, Push, Reply, Request
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
 from raysgd.protocol.sparse_shard import SparseShard
+from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
-from raysgd.runtime.shared import Board, BoardAddress, SharedServer
+from raysgd.runtime.shared import SharedServer
 from raysgd.runtime.sparse_shared import SparseSharedServer
 
 #: a node's name, and where a server's parameters are shared there

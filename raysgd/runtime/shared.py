@@ -23,26 +23,20 @@ from typing import Any
 
 import numpy as np
 
+from raysgd import failpoints
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Range
-from raysgd.protocol.gate import Commit
-from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Pulled, Push, PushReply, Reply, Request, Verdict
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.tree import Partial
+from raysgd.runtime.board import DIVERGED, FROZEN, NEWEST, SEQUENCE, WRITING, Board, BoardAddress, aligned
 from raysgd.runtime.process import wake_on_time
-from raysgd.runtime.segment import ASLEEP, Address, Doorbell, Ringer, Segment
+from raysgd.runtime.segment import Address, Doorbell, Ringer, Segment
 
 #: seconds after which a waiting process looks at the shared state although no bell rang
 RESCAN_S = 0.02
 
-#: words of a board, behind the one that says whether the server sleeps
-NEWEST, SEQUENCE, WRITING, FROZEN, DIVERGED = range(ASLEEP + 1, ASLEEP + 6)
-
 VERDICTS = tuple(Verdict)
-
-#: commits that a board keeps, and the numbers of each: step, loss, rows, learning rate, staleness
-RECORDS, RECORD = 8192, 5
 
 #: words of a slot before those of each shard
 STEP, ROWS, LOSS, PRESENT, BY_SHARD = range(5)
@@ -51,118 +45,6 @@ STEP, ROWS, LOSS, PRESENT, BY_SHARD = range(5)
 def never() -> bool:
     """Nobody has asked to stop."""
     return False
-
-
-def aligned(count: int) -> int:
-    """Bytes of ``count`` float32, rounded up to whole pages so that no two arrays share a cache line."""
-    return -(-count * 4 // 4096) * 4096
-
-
-@dataclass(frozen=True, slots=True)
-class BoardAddress:
-    """What a worker needs to follow one server shard, and a successor to take over from it.
-
-    slots: names of the arrays of the optimizer's state that lie there, too
-    """
-
-    segment: Address
-    bell: bytes
-    size: int
-    buffers: int = 2
-    slots: tuple[str, ...] = ()
-
-
-class Board:
-    """A server shard's generations where its node can see them; what of it outlives the server's process.
-
-    params: one (size,) float32 a buffer;  state: each slot, the same
-    """
-
-    def __init__(self, segment: Segment, size: int, buffers: int, slots: tuple[str, ...] = ()) -> None:
-        self.segment, self.slots = segment, slots
-        self.words = segment.words
-        self.records = segment.doubles(RECORDS * RECORD)
-        first, stride = self._records_bytes(), aligned(size)
-        arrays = [segment.floats(first + i * stride, size) for i in range(buffers * (1 + len(slots)))]
-        self.params = tuple(arrays[:buffers])
-        self.state = tuple(
-            {slot: arrays[(1 + k) * buffers + i] for k, slot in enumerate(slots)} for i in range(buffers)
-        )
-
-    @staticmethod
-    def _records_bytes() -> int:
-        return aligned(2 * RECORDS * RECORD)
-
-    @classmethod
-    def create(cls, size: int, buffers: int = 2, slots: tuple[str, ...] = ()) -> Board:
-        arrays = buffers * (1 + len(slots)) * aligned(size)
-        return cls(Segment.create(cls._records_bytes() + arrays), size, buffers, slots)
-
-    @classmethod
-    def attach(cls, address: BoardAddress) -> Board:
-        return cls(Segment.attach(address.segment), address.size, address.buffers, address.slots)
-
-    def announce(self, sequence: int) -> None:
-        """The buffer of ``sequence`` is about to be written to."""
-        self.words[WRITING] = sequence
-
-    def at(self, sequence: int) -> Float32:
-        """The buffer of ``sequence``, in place."""
-        return self.params[sequence % len(self.params)]
-
-    def copy(self, out: Float32) -> int | None:
-        """Copy the newest parameters into ``out``; their version, or None where they were written over meanwhile.
-
-        The version is read first: what is copied may be newer, never older.
-        """
-        words = self.words
-        version = words[NEWEST]
-        sequence = words[SEQUENCE]
-        np.copyto(out, self.at(sequence))
-        return version if words[WRITING] < sequence + len(self.params) else None
-
-    def record(self, commits: Sequence[Commit], since: int) -> int:
-        """Note the commits of steps >= ``since``, before the version that they are in; the step that comes next."""
-        for commit in reversed(commits):
-            if commit.step < since:
-                break
-            at = commit.step % RECORDS * RECORD
-            self.records[at] = -1.0  # while it is half-written it is of no step
-            self.records[at + 1] = commit.loss
-            self.records[at + 2] = commit.rows
-            self.records[at + 3] = commit.rate
-            self.records[at + 4] = commit.staleness
-            self.records[at] = commit.step
-        return commits[-1].step + 1 if commits else since
-
-    def survives(self) -> Remains:
-        """What a successor finds after the death of the server: call it when nobody writes any more."""
-        words = self.words
-        version, sequence = words[NEWEST], words[SEQUENCE]
-        newest = Generation(version, self.at(sequence), self.state[sequence % len(self.state)])
-        previous = None
-        if words[WRITING] <= sequence:  # else the buffer of the version before was being written over
-            before = sequence - 1
-            previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
-        found = []
-        for step in range(max(0, version - RECORDS), version):
-            at = step % RECORDS * RECORD
-            if self.records[at] == step:
-                _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
-                found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
-        return Remains(newest, previous, found)
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What is left of a server in its board: views.
-
-    commits: the newest, without who took part in them
-    """
-
-    newest: Generation
-    previous: Generation | None
-    commits: list[Commit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +349,11 @@ class SharedServer:
         else:
             self._take_each()
         if (shard.version, shard.sequence, shard.diverged) != before:
+            if failpoints.armed:
+                failpoints.reach("server.applied", shard.version)
             self.publish()
+            if failpoints.armed:
+                failpoints.reach("server.published", shard.version)
             self.on_advance()
         elif len(shard.outbox) > said:
             self.on_advance()

@@ -35,23 +35,9 @@ from raysgd.protocol.sparse import (
     SparseRequest,
 )
 from raysgd.protocol.sparse_shard import SparseShard
+from raysgd.runtime.board import DIVERGED, FROZEN, NEWEST, WRITING, Board, BoardAddress, aligned
 from raysgd.runtime.segment import Address, Doorbell, Ringer, Segment
-from raysgd.runtime.shared import (
-    BY_SHARD,
-    DIVERGED,
-    FROZEN,
-    LOSS,
-    NEWEST,
-    PRESENT,
-    RESCAN_S,
-    ROWS,
-    VERDICTS,
-    WRITING,
-    Board,
-    BoardAddress,
-    aligned,
-    never,
-)
+from raysgd.runtime.shared import BY_SHARD, LOSS, PRESENT, RESCAN_S, ROWS, VERDICTS, never
 
 
 @dataclass(frozen=True, slots=True)

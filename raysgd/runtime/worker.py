@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
+from raysgd import failpoints
 from raysgd.data.dataset import Dataset
 from raysgd.data.encode import Encoder
 from raysgd.data.loader import Loader
@@ -30,11 +31,12 @@ from raysgd.protocol.membership import Assignment, Share
 from raysgd.protocol.messages import Request
 from raysgd.protocol.sparse import SparsePull, SparseReply
 from raysgd.protocol.sparse_client import SparseClient
+from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.relay import NodeRelay, Traffic, actor_calls
 from raysgd.runtime.report import LoopReport
-from raysgd.runtime.shared import BoardAddress, SharedMemory, SlotsAddress
+from raysgd.runtime.shared import SharedMemory, SlotsAddress
 from raysgd.runtime.sparse_loop import scores_at, sparse_loop
 from raysgd.runtime.sparse_shared import SparseSharedMemory
 from raysgd.runtime.transport import ActorCalls, Transport
@@ -91,6 +93,8 @@ def train_loop(
         began = time.perf_counter()
         if requests or compute is None:
             replies = transport.exchange(requests, wait=False)
+            if failpoints.armed and compute is None:
+                failpoints.reach("worker.pushed", client.step - 1)
             if not replies and compute is None:
                 if ahead is not None and client.step < client.until:
                     ahead(client.step)
@@ -101,8 +105,12 @@ def train_loop(
             wait_s += time.perf_counter() - began
         if compute is not None and not requests and client.done is None:
             began = time.perf_counter()
+            if failpoints.armed:
+                failpoints.reach("worker.compute", compute.step)
             sums = subtree_sums(learner, compute, batch, local, transport.outputs(compute.step), scratch)
             rows += sum(s.rows for s in sums)
+            if failpoints.armed:
+                failpoints.reach("worker.computed", compute.step)
             requests, compute = _sorted(client.computed(compute.step, sums))
             compute_s += time.perf_counter() - began
     return LoopReport(client.done, rows, compute_s, wait_s)

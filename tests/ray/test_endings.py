@@ -199,7 +199,7 @@ def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Worker", "Server"])
 def test_killed_actor(disturbed: Any, undisturbed: Path, kind: str) -> None:
-    """Where no loss may be borne; where it may, see test_losses.py."""
+    """Where no loss may be borne; where it may, see test_kills.py."""
     run = disturbed("run.failure_config.max_failures=0")
     run.until_mid_segment()
     actors = [pid for pid, command in run.process.living().items() if command.startswith(f"ray::{kind}")]

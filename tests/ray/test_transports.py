@@ -14,7 +14,7 @@ from raysgd.learn.parameters import Range
 from raysgd.protocol.membership import Membership
 from raysgd.report.progress import Silent
 from raysgd.runtime import attempt, gang, segment
-from raysgd.runtime.shared import Board, BoardAddress
+from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.trainer import Trainer
 from raysgd.runtime.worker import Task, Worker
 

@@ -31,8 +31,9 @@ from raysgd.protocol.stale import shard_class
 from raysgd.protocol.tree import Partial, cover
 from raysgd.protocol.update import PlannedRows, Rule
 from raysgd.runtime import shared
+from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.segment import ASLEEP, Address, Doorbell, Ringer, Segment, site
-from raysgd.runtime.shared import Board, BoardAddress, SharedMemory, SharedServer
+from raysgd.runtime.shared import SharedMemory, SharedServer
 from raysgd.runtime.worker import LoopReport, train_loop
 from raysgd.simulate import Problem, simulate
 
@@ -251,7 +252,7 @@ def test_a_push_that_is_said_again_counts_once() -> None:
 #: publishes versions as fast as it goes until its standard input ends; every float of version t is t
 WRITER = """
 import os, select, sys
-from raysgd.runtime.shared import NEWEST, SEQUENCE, Board
+from raysgd.runtime.board import NEWEST, SEQUENCE, Board
 board, version = Board.create(100_000, 3), 0
 address = board.segment.address
 print(address.pid, address.fd, address.size, address.token.hex(), flush=True)

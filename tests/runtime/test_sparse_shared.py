@@ -23,9 +23,9 @@ from raysgd.protocol.sparse_client import SparseClient
 from raysgd.protocol.sparse_shard import make_sparse_shard
 from raysgd.protocol.tree import cover
 from raysgd.protocol.update import PlannedRows, Rule
+from raysgd.runtime.board import WRITING, Board
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.segment import site
-from raysgd.runtime.shared import WRITING, Board
 from raysgd.runtime.sparse_loop import scores_at, sparse_loop
 from raysgd.runtime.sparse_shared import SparseSharedMemory, SparseSharedServer
 from raysgd.simulate import Problem

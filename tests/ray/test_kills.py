@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import curve, one_process_digests, spec_of, status_of, wait_for, write_table
+from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd.audit import audit
 from raysgd.errors import RunError
 from raysgd.report.progress import Silent
+from raysgd.runtime.gang import Gang
 from raysgd.runtime.guard import descendants
 from raysgd.runtime.trainer import Result, Trainer
 from raysgd.storage import Storage
@@ -51,7 +52,7 @@ class Said(Silent):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("losses") / "runs")
+    return write_table(tmp_path_factory.mktemp("kills") / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,41 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
     assert curve(place / "runs" / "killed-worker") == undisturbed
     assert sum("is lost at step" in line for line in said) == 4, said
     assert status_of(place / "runs" / "killed-worker")["attempt"] == 1
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "worker.compute@700:kill",
+        "worker.computed@700:kill",
+        "worker.pushed@700:kill",
+        "server.applied@5000:kill",
+        "server.published@5000:kill",
+    ],
+)
+def test_a_kill_at_every_point_of_a_step(
+    place: Path, truth: str, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """One worker or server, wherever in a step it dies: nothing is lost, nothing counts twice."""
+    kind, options, asked = order.partition(".")[0], Gang._options, []
+
+    def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
+        made = options(self, cpus, bundle)
+        if cpus == (self.scaling.worker_cpus if kind == "worker" else self.scaling.server_cpus):
+            asked.append(cpus)
+            if len(asked) == 1:
+                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": order}
+        return made
+
+    monkeypatch.setattr(Gang, "_options", first_dies)
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
+    name = order.replace("@", "-").replace(":", "-")
+    result, said = fit(place, name, 3, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / name) == undisturbed
+    lost = [line for line in said if "is lost at step" in line]
+    assert len(lost) == 1, said
+    assert lost[0].startswith(kind)
 
 
 def test_a_killed_server_is_succeeded_by_its_spare(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
@@ -255,3 +291,40 @@ def test_with_staleness_no_row_is_lost(place: Path, disturb: Any, staleness: flo
     trained = [line for line in result.history if line["kind"] == "train"]
     assert [line["step"] for line in trained] == list(range(50, END + 1, 50))
     assert trained[-1]["rows"] == EPOCHS * 613
+
+
+def test_flights_under_twenty_kills(flights: Path, tmp_path: Path) -> None:
+    """Between two and six workers, workers and servers killed at random: the bytes of one worker that nothing
+    disturbed, and a ledger that holds."""
+    settings = {"train__epochs": 16, "run__validate_every": "4epoch", "run__checkpoint_every": "2epoch"}
+    settings |= {"run__failure_config__max_failures": -1, "scaling__server_cpus": 0.25}
+    config = (ROOT / "jobs" / "flights.toml").read_text()
+    (tmp_path / "run.toml").write_text(config.replace("../data/flights", str(flights)))
+    one = spec_of(tmp_path, run__name="one", scaling__num_workers=1, **settings)
+    want = Trainer.from_spec(one, report=Silent()).fit()
+    run, kills = tmp_path / str(one.run.storage_path) / "many", []
+
+    def what(until: Callable[[int], None]) -> None:
+        until(300)
+        choose = random.Random(1)
+        while len(kills) < 20:
+            time.sleep(choose.uniform(0.3, 1.5))
+            if status_of(run).get("state") != "running":
+                break
+            kind = choose.choice(["Worker", "Worker", "Worker", "Server"])
+            if living := actors(kind):
+                os.kill(choose.choice(living), signal.SIGKILL)
+                kills.append(kind)
+
+    spec = spec_of(tmp_path, run__name="many", scaling__num_workers=(2, 6), scaling__num_servers=2, **settings)
+    disturber, said = Disturber(run, what), Said()
+    disturber.start()
+    result = Trainer.from_spec(spec, report=said).fit()
+    disturber.join()
+    assert disturber.error is None
+    assert (result.step, result.digest) == (want.step, want.digest)
+    assert len(kills) == 20, (kills, said.lines)
+    assert set(kills) == {"Worker", "Server"}
+    found = audit(Storage.open(run))
+    assert (found.problems, found.steps, found.rows) == ((), want.step, True)
+    assert curve(run) == curve(tmp_path / str(one.run.storage_path) / "one")
