@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from raysgd import checkpoint as checkpoints
@@ -140,7 +141,7 @@ def audit(storage: Storage) -> Audit:
         len(attempts),
         len({(r.attempt, r.parts) for r in records}),
         len({(r.attempt, r.shard, r.generation) for r in records if r.generation}),
-        sum(isinstance(line, Rollback) for line in lines),
+        sum(isinstance(line, Rollback) and line.attempt == before.attempt for before, line in pairwise(lines)),
         len(steps),
         sampler is not None,
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from raysgd.errors import CheckpointError, InputError, RunError
+from raysgd.errors import CheckpointError, InputError, Interrupted, RunError
 from raysgd.report import summary
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(as_json, [error.format_message()], BAD_INPUT, shown=True)
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ or error  # click turns an interrupt into an Abort
-        return _refused(as_json, ["interrupted"], getattr(cause, "exit_code", INTERRUPTED))
+        sentence = cause.message if isinstance(cause, Interrupted) else "interrupted"
+        return _refused(as_json, [sentence], getattr(cause, "exit_code", INTERRUPTED))
     except InputError as error:
         return _refused(as_json, list(error.problems), BAD_INPUT, text=str(error))
     except CheckpointError as error:

@@ -46,9 +46,9 @@ class SaveError(RunError):
 class Interrupted(KeyboardInterrupt):
     """The run was asked to end (Ctrl-C: 130, SIGTERM: 143); what it had is in a checkpoint."""
 
-    def __init__(self, exit_code: int = 130) -> None:
-        self.exit_code = exit_code
-        super().__init__(exit_code)
+    def __init__(self, exit_code: int = 130, message: str = "interrupted") -> None:
+        self.exit_code, self.message = exit_code, message
+        super().__init__(exit_code, message)
 
 
 class DivergedError(RunError):

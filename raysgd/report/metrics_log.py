@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
@@ -133,3 +133,19 @@ def _line(record: Mapping[str, Any]) -> str:
     """JSON has no NaN and no infinity: they become null."""
     plain = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
     return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def epoch_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean training loss over the newest epoch of ``history``; None where there is none, or one is not finite.
+
+    >>> line = {"kind": "train", "epoch": 1}
+    >>> epoch_loss([{**line, "rows": 30, "loss": 2.0}, {**line, "rows": 40, "loss": 6.0}])
+    3.0
+    """
+    lines = [line for line in history if line["kind"] == "train"]
+    newest = [i for i, line in enumerate(lines) if line["epoch"] == lines[-1]["epoch"]]
+    rows = [lines[i]["rows"] - (lines[i - 1]["rows"] if i else 0) for i in newest]
+    losses = [lines[i]["loss"] for i in newest]
+    if not sum(rows) or None in losses:
+        return None
+    return float(sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows))

@@ -12,6 +12,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 #: Seconds between two plain lines where no terminal redraws them.
@@ -95,6 +96,10 @@ class Plain:
     def close(self) -> None: ...
 
 
+#: columns of a terminal that the words beside the bar need: a narrow one does without the bar
+WORDS_WIDTH = 80
+
+
 class Live:
     """One line at the bottom of a terminal that redraws itself; sentences scroll by above it."""
 
@@ -109,10 +114,11 @@ class Live:
     def start(self, step: int, total_steps: int) -> None:
         self.close()
         columns: list[ProgressColumn] = [
-            BarColumn(bar_width=24),
             Steps(),
             TextColumn("{task.fields[words]}", markup=False),
         ]
+        if (width := min(24, self._console.width - WORDS_WIDTH)) >= 4:
+            columns.insert(0, BarColumn(bar_width=width))
         self._bar = Bar(*columns, console=self._console, transient=True, refresh_per_second=5)
         self._bar.add_task("train", completed=step, total=total_steps, words="")
         self._left.start(step, total_steps)
@@ -133,10 +139,13 @@ class Live:
 
 
 class Steps(ProgressColumn):
-    """``1,154/2,880 steps``."""
+    """``1,154/2,880 steps``, never cut and never on two lines."""
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
 
     def render(self, task: Task) -> Text:
-        return Text(f"{int(task.completed):,}/{int(task.total or 0):,} steps")
+        return Text(f"{int(task.completed):,}/{int(task.total or 0):,} steps", no_wrap=True, overflow="ignore")
 
 
 class TimeLeft:

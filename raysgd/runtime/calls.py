@@ -60,7 +60,7 @@ def result(ref: Any, what: str) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayActorError as error:
-        raise ActorLostError(f"{what}: an actor died: {error}", error.actor_id) from error
+        raise ActorLostError(f"{what}: an actor died\n{error}", error.actor_id) from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaysgdError):
             raise error.cause from None

@@ -182,6 +182,7 @@ class Crew:
         self._pulse()
         for number in self.gang.joined():
             self._decide(Joined(number, self.gang.workers[number].site))
+            self.say(f"worker {number} joined at step {self.step():,}: {len(self.gang.workers)} workers")
         if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
             self.gang.ask_spares()
             self.gang.look_for_spares()
@@ -203,7 +204,7 @@ class Crew:
         try:
             return member.pulse.look(member.actor.beat.remote, partial(self._cpu_ticks, member))
         except ray.exceptions.RayActorError as error:
-            raise ActorLostError(f"an actor died: {error}", member.id) from error
+            raise ActorLostError(f"it died\n{error}", member.id) from error
 
     def _cpu_ticks(self, member: Member) -> int | None:
         if self._site is not None and member.site == self._site:

@@ -220,8 +220,11 @@ class Trainer:
                     begin, plan = self._back(again, begin, losses, lost)
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", 130)
-            keeper.move("interrupted", exit_code=code, message="interrupted; the same command continues")
-            raise Interrupted(code) from None
+            saved = keeper.status.step
+            where = f"from the checkpoint of step {saved:,}" if saved else "at the beginning"
+            message = f"interrupted; the same command continues {where}"
+            keeper.move("interrupted", exit_code=code, message=message)
+            raise Interrupted(code, message) from None
         except BaseException as error:
             code = 2 if isinstance(error, InputError) else 1
             message = str(error) if isinstance(error, RaysgdError) else repr(error)
@@ -345,9 +348,8 @@ class Trainer:
         last = checkpoints.load(self._storage, "last")
         history = metrics_log.read(self._storage)
         metrics = dict(last.manifest.get("metrics", {}))
-        trained = next((line for line in reversed(history) if line["kind"] == "train"), None)
-        if trained is not None:
-            metrics["train_loss"] = trained["loss"]
+        if (loss := metrics_log.epoch_loss(history)) is not None:
+            metrics["train_loss"] = loss
         standing = status.read(self._storage)
         stopped = standing is not None and standing.total_steps is not None and last.step < standing.total_steps
         return Result(metrics, last.path, self._storage.uri, last.digest(), last.step, stopped, history)
