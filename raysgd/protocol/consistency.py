@@ -30,6 +30,8 @@ class Consistency:
 
     def oldest(self, step: int) -> int:
         """The oldest version from which a worker may compute ``step``."""
+        if self.staleness == 0:  # asked several times a step
+            return step
         return 0 if isinf(self.staleness) else max(0, step - int(self.staleness))
 
     def admits(self, step: int, read: int) -> bool:

@@ -132,7 +132,7 @@ class Doorbell:
     """An abstract datagram socket to wait at.
 
     words: those of the waiting process's own segment
-    naps: whether it leaves its core to others until an answer can be expected: for servers, which wait while others
+    naps: whether it may leave its core to others until an answer can be expected: for servers, which wait while others
           compute; their timers must be fine (:func:`~raysgd.runtime.process.wake_on_time`)
     """
 
@@ -144,25 +144,29 @@ class Doorbell:
         self._socket.bind(self.name)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
-        #: seconds that a wait took of late: a mean in which newer ones count more
-        self._usual = 0.0
+        #: of the last waits, means in which newer ones count more: how many seconds they took, and the share of these,
+        #: naps left out, in which this thread was running
+        self._usual = self._alone = 0.0
 
     def wait(self, timeout: float, ready: Callable[[], bool], *, spin_s: float = SPIN_S) -> bool:
         """Wait until ``ready``, at most ``timeout`` seconds or to the first ring; whether it is.
 
         Looks for ``spin_s`` before it sleeps, giving its core to whoever else wants it: to be woken takes the system
         many times longer than the answer of a neighbour who is awake. Where waits took too long of late to stay awake
-        for, it sleeps at once; else a server naps first, for half of what they took: one that is always awake can hold
-        two workers on one of two cores.
+        for, it sleeps at once. A server that nobody takes the core from naps first, for half of what waits took: it may
+        be holding two workers on one of two cores.
         """
-        began = time.perf_counter()
+        began, used, napped = time.perf_counter(), time.thread_time() if self._naps else 0.0, 0.0
         if self._usual > 2 * spin_s:
             spin_s = 0.0
-        elif self._naps and self._usual > NAP_FROM_S and not ready():
-            time.sleep(0.5 * self._usual)
+        elif self._naps and self._usual > NAP_FROM_S and self._alone > 0.5 and not ready():
+            napped = 0.5 * self._usual
+            time.sleep(napped)
         is_ready = self._watch(min(spin_s, timeout), ready) or self._sleep(timeout, ready)
-        took = min(time.perf_counter() - began, 4 * SPIN_S)
-        self._usual += (took - self._usual) / 8
+        took = time.perf_counter() - began
+        if self._naps:
+            self._alone += ((time.thread_time() - used) / max(took - napped, 1e-6) - self._alone) / 8
+        self._usual += (min(took, 4 * SPIN_S) - self._usual) / 8
         return is_ready
 
     def _watch(self, spin_s: float, ready: Callable[[], bool]) -> bool:

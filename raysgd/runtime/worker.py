@@ -118,8 +118,14 @@ def train_loop(
 
 def _sorted(instructions: Sequence[Instruction]) -> tuple[list[Request], Compute | None]:
     """What is to be sent, and what is to be computed."""
-    compute = next((i for i in instructions if isinstance(i, Compute)), None)
-    return [i for i in instructions if not isinstance(i, Compute | Done)], compute
+    requests: list[Request] = []
+    compute = None
+    for instruction in instructions:
+        if isinstance(instruction, Compute):
+            compute = instruction
+        elif not isinstance(instruction, Done):
+            requests.append(instruction)
+    return requests, compute
 
 
 class Worker:
