@@ -16,7 +16,7 @@ from ray_runs import spec_of
 
 from raysgd.errors import InputError
 from raysgd.report.progress import Silent
-from raysgd.runtime import attempt
+from raysgd.runtime import crew
 from raysgd.runtime.trainer import Trainer
 
 
@@ -31,16 +31,16 @@ class Lines(Silent):
 
 
 def drive(place: Path, case: dict[str, Any]) -> dict[str, Any]:
-    same_node, lines = attempt.same_node, Lines()
+    same_node, lines = crew.same_node, Lines()
     if case.get("calls"):
-        attempt.same_node = lambda *_: None
+        crew.same_node = lambda *_: None
     try:
         spec = spec_of(place, run__name=case["name"], **case["settings"])
         result = Trainer.from_spec(spec, report=lines).fit()
     except InputError as error:
         return {"case": case, "error": str(error)}
     finally:
-        attempt.same_node = same_node
+        crew.same_node = same_node
     return {"case": case, "digest": result.digest, "step": result.step, "said": lines.said}
 
 

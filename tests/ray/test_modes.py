@@ -12,7 +12,7 @@ from ray_runs import curve, one_process_digests, spec_of, status_of, write_table
 
 from raysgd import cli
 from raysgd.report.progress import Silent
-from raysgd.runtime import attempt
+from raysgd.runtime import attempt, crew
 from raysgd.runtime.trainer import Result, Trainer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Shared memory, or actor calls as between nodes without relays."""
     if request.param == "calls":
-        monkeypatch.setattr(attempt, "same_node", lambda _site, _boards: None)
+        monkeypatch.setattr(crew, "same_node", lambda _site, _boards: None)
     return str(request.param)
 
 

@@ -16,7 +16,7 @@ import raysgd
 from raysgd.learn.models import FactorizationMachine, HashedLogisticRegression
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 from raysgd.report.progress import Silent
-from raysgd.runtime import attempt, gang
+from raysgd.runtime import crew, gang
 from raysgd.runtime.trainer import Result, Trainer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -90,7 +90,7 @@ def test_through_actor_calls(place: Path, truth: dict[str, dict[int, str]], monk
         chosen.append(None if len(chosen) % 2 else gang.same_node(site, boards))
         return chosen[-1]
 
-    monkeypatch.setattr(attempt, "same_node", mixed)
+    monkeypatch.setattr(crew, "same_node", mixed)
     result = fit(place, "logistic-adagrad", "mixed", 3, 2)
     assert len(chosen) == 3
     assert result.digest == truth["logistic-adagrad"][END]

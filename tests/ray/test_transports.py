@@ -11,9 +11,9 @@ from ray_runs import spec_of, write_table
 
 from raysgd.errors import RunError
 from raysgd.learn.parameters import Range
-from raysgd.protocol.membership import Membership
+from raysgd.protocol.membership import Membership, Share
 from raysgd.report.progress import Silent
-from raysgd.runtime import attempt, gang, segment
+from raysgd.runtime import crew, gang, segment
 from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.trainer import Trainer
 from raysgd.runtime.worker import Task, Worker
@@ -55,7 +55,7 @@ def test_every_transport_gives_the_same_bytes(place: Path, monkeypatch: pytest.M
         "mixed": lambda worker: worker == 1,
     }.items():
         chooser = Chooser(choose)
-        monkeypatch.setattr(attempt, "same_node", chooser)
+        monkeypatch.setattr(crew, "same_node", chooser)
         digests[name] = digest(place, name)
         assert (chooser.asked, chooser.shared) == (3, {"memory": 3, "calls": 0, "mixed": 1}[name])
     assert digests["memory"] == digests["calls"] == digests["mixed"]
@@ -73,4 +73,4 @@ def test_where_memory_cannot_be_shared_actor_calls_serve(monkeypatch: pytest.Mon
     spans = (Range(0, 1),)
     worker.task = Task(None, None, None, None, None, 1, spans, 0, 0)  # type: ignore[arg-type]
     worker.boards = [BoardAddress(segment.Address(1, 1, 1, b""), b"", 1)]
-    assert worker.connect(Membership(1).assign(0, Range(0, 1))) is False
+    assert worker.connect(Share(Membership(1).assign(0, Range(0, 1)), (Range(0, 1),), 0)) is False
