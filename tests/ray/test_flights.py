@@ -207,3 +207,16 @@ def test_the_example_of_the_readme(
     predict: Callable[[pa.Table], np.ndarray] = result.model.predict
     assert np.array_equal(predict(held_out), model.predict(held_out))
     assert result.model.predict_proba(held_out).shape == (32_819, 2)
+
+
+@pytest.mark.parametrize(
+    "setting", [*(f"train.staleness={k}" for k in (2, 4, "inf")), *(f"train.local_steps={h}" for h in (4, 16))]
+)
+def test_other_consistencies_learn_as_well(run: Trained, flights: Path, tmp_path: Path, setting: str) -> None:
+    """Momentum 0.9 and four workers: the loss of BSP, where pushes count one by one or cover several steps."""
+    sets = (f"data.path={flights}/train", f"data.validation={flights}/valid", "run.validate_every=5epoch", setting)
+    words = [word for one in sets for word in ("--set", one)]
+    storage = ("--storage-path", str(tmp_path), "--num-workers", "4")
+    trained = facts("train", str(ROOT / "jobs" / "flights.toml"), "--name", "run", "-q", *storage, *words)
+    assert trained["step"] == 5 * EPOCH
+    assert trained["metrics"]["valid_loss"] == pytest.approx(run.facts["metrics"]["valid_loss"], abs=0.003)
