@@ -32,25 +32,25 @@ from raysgd.protocol.ledger import (
     surviving,
     to_line,
 )
+from raysgd.spec import differences
 from raysgd.storage import Storage
 
 NAME = "ledger.jsonl"
+
+#: where a ledger that cannot be read is put aside
+DAMAGED = "ledger.damaged.jsonl"
 
 
 class Ledger:
     """The records of one attempt, as its driver writes them.
 
-    begin: the step that the attempt begins with
+    begin: the step that the attempt begins with;  n_shards: how many servers it has
     """
 
-    def __init__(self, storage: Storage, attempt: int, begin: int) -> None:
-        self._storage, self._attempt = storage, attempt
-        text = storage.read(NAME).decode() if storage.exists(NAME) else ""
-        if not text.endswith("\n") and text:  # the writing of the last line was interrupted
-            text = text[: text.rfind("\n") + 1]
-            storage.write_atomic(NAME, text.encode())
+    def __init__(self, storage: Storage, attempt: int, begin: int, n_shards: int) -> None:
+        self._storage, self._attempt, self._n_shards = storage, attempt, n_shards
         #: everything written so far, folded, and the lines that this attempt adds
-        self._lines: list[Line] = parse(text)
+        self._lines: list[Line] = _begun(storage)
         #: the lines as they are in the file, by their place
         self._written = dict(enumerate(self._lines))
         if self._lines or begin:
@@ -73,7 +73,7 @@ class Ledger:
             if commit.step < noted:
                 continue
             line = entry(commit, attempt=self._attempt, generation=generation, timeline=self._timeline, shard=shard)
-            extend(self._lines, line if line.parts else replace(line, parts=parts))
+            extend(self._lines, replace(line, parts=line.parts or parts, shards=self._n_shards))
             self._ends[shard] = max(self.end(shard), commit.step + commit.steps)
 
     def flush(self) -> None:
@@ -82,6 +82,32 @@ class Ledger:
         if changed:
             self._storage.append(NAME, "".join(f"{to_line(self._lines[i])}\n" for i in changed))
         self._written |= {i: self._lines[i] for i in changed}
+
+
+def _begun(storage: Storage) -> list[Line]:
+    """What attempts before this one wrote. A damaged ledger is put aside, for people: a run goes on without it, and its
+    audit says what is missing."""
+    if not storage.exists(NAME):
+        return []
+    data = storage.read(NAME)
+    if not data.endswith(b"\n"):  # the writing of the last line was interrupted
+        data = data[: data.rfind(b"\n") + 1]
+        storage.write_atomic(NAME, data)
+    try:
+        return _parsed(storage, data)
+    except InputError:
+        storage.write_atomic(DAMAGED, data)
+        storage.write_atomic(NAME, b"")
+        return []
+
+
+def _parsed(storage: Storage, data: bytes) -> list[Line]:
+    try:
+        return parse(data.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{storage.uri}/{NAME} is damaged: {error}") from None
+    except InputError as error:
+        raise InputError([f"{storage.uri}/{NAME}, {problem}" for problem in error.problems]) from None
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,7 @@ def audit(storage: Storage) -> Audit:
     """Check a run's ledger (I1, I2, I4, I6) and its checkpoints (I8). Raises InputError where there is no ledger."""
     if not storage.exists(NAME):
         raise InputError(f"{storage.uri} has no {NAME}: nothing was trained there, or by an older raysgd")
-    lines = parse(storage.read(NAME).decode())
+    lines = _parsed(storage, storage.read(NAME))
     found: list[str] = []
     steps = checkpoints.steps(storage)
     for step in steps:
@@ -124,7 +150,9 @@ def audit(storage: Storage) -> Audit:
     attempts = sorted({line.attempt for line in lines})
     for attempt in attempts:
         own, begin, end = _of_attempt(lines, attempt)
-        found += [f"attempt {attempt}: {problem}" for problem in check(own, n_virtual, sampler, begin=begin)]
+        n_shards = max((line.shards for line in own if isinstance(line, Record)), default=0) or None
+        problems = check(own, n_virtual, sampler, n_shards=n_shards, begin=begin)
+        found += [f"attempt {attempt}: {problem}" for problem in problems]
         records = surviving(own)
         whole += [record for record in records if record.shard == 0]
         if records and end is not None and max(record.end for record in records) < end:
@@ -167,9 +195,13 @@ def _sampler(storage: Storage, manifest: Any) -> tuple[Any, str | None]:
     """The run's sampler, for which its data must be there; or why there is none."""
     try:
         spec = config.loads(storage.read("config.toml").decode())
+        if changed := differences(manifest["config"], spec.determining()):
+            return None, f"config.toml is not that of the checkpoints: {'; '.join(changed)}"
         tables = open_tables(spec)
         if tables.fingerprints["train"] != manifest["fingerprints"]["train"]:
             return None, "the training data is not that of the run any more: which rows were used cannot be told"
         return plan_from_manifest(spec, tables, manifest).sampler, None
+    except UnicodeDecodeError as error:
+        return None, f"config.toml is damaged: {error}"
     except (RaysgdError, OSError):
         return None, None

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(as_json, [str(error)], BAD_INPUT)
     except RunError as error:
         return _refused(as_json, [str(error)], FAILED)
+    except MemoryError as error:
+        return _refused(as_json, [f"not enough memory: {error}; a smaller model, or more servers"], FAILED)
     except BrokenPipeError:
         # Whoever read the output is gone; Python would complain about it once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ from math import nan
 from typing import Any
 
 from raysgd import checkpoint as checkpoints
+from raysgd.audit import DAMAGED as DAMAGED_LEDGER
 from raysgd.audit import NAME as LEDGER
 from raysgd.checkpoint import Checkpoint
 from raysgd.errors import InputError
@@ -16,7 +17,7 @@ from raysgd.spec import RunSpec, differences
 from raysgd.storage import Storage
 
 #: what --fresh deletes: the files that raysgd writes, and nothing else that may lie there
-OWN_FILES = (LEDGER, metrics_log.NAME, status.NAME, "config.toml", "loss.png")
+OWN_FILES = (LEDGER, DAMAGED_LEDGER, metrics_log.NAME, status.NAME, "config.toml", "loss.png")
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ class ScalingConfig:
         return [
             *self._worker_problems(),
             *count_problems("num_servers", self.num_servers),
-            *number_problems("worker_cpus", self.worker_cpus, above=0),
-            *number_problems("server_cpus", self.server_cpus, above=0),
+            *_cpu_problems("worker_cpus", self.worker_cpus),
+            *_cpu_problems("server_cpus", self.server_cpus),
             *count_problems("cache_bytes", self.cache_bytes, at_least=0),
             *number_problems("placement_timeout_s", self.placement_timeout_s, above=0),
         ]
@@ -153,6 +153,14 @@ class ScalingConfig:
             return []
         allowed = "a whole number >= 1 or a pair of them, the least and the most"
         return [f"num_workers must be {allowed}, got {shown(given)}"]
+
+
+def _cpu_problems(name: str, value: object) -> list[str]:
+    """Ray counts CPUs in ten-thousandths."""
+    found = number_problems(name, value, above=0)
+    if found or float(value) >= 1e-4:  # type: ignore[arg-type]
+        return found
+    return [f"{name} must be at least 0.0001, got {shown(value)}"]
 
 
 @dataclass(frozen=True)

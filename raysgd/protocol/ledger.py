@@ -32,6 +32,7 @@ class Record:
     """Steps [begin, end), committed by one server shard from the same parts.
 
     attempt: of the run;  generation: how many times the server was replaced;  rows: in all these steps together
+    shards: how many servers there were; 0: not known
     """
 
     attempt: int
@@ -42,6 +43,7 @@ class Record:
     end: int
     parts: Parts
     rows: int
+    shards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ def to_line(line: Line) -> str:
         fields["rollback"] = line.step
     else:
         fields |= {"generation": line.generation, "shard": line.shard, "begin": line.begin, "end": line.end}
+        if line.shards:
+            fields["shards"] = line.shards
         fields |= {"rows": line.rows, "parts": [[n.begin, n.end, list(i)] for n, i in line.parts]}
     return _dumps({**fields, "crc": crc32(_dumps(fields).encode())})
 
@@ -169,7 +173,7 @@ def _line(fields: dict[str, Any]) -> Line:
     numbers = {
         name: _whole(fields[name]) for name in ("attempt", "generation", "timeline", "shard", "begin", "end", "rows")
     }
-    return Record(parts=parts, **numbers)
+    return Record(parts=parts, **numbers, shards=_whole(fields.get("shards", 0)))
 
 
 def _whole(value: object) -> int:

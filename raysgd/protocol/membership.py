@@ -65,10 +65,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A worker's process is dead: known, not suspected. why: for people."""
+    """A worker's process is dead: known, not suspected. why: for people.
+
+    charged: against the budget of losses; not, where several are lost at once and another one was
+    """
 
     worker: int
     why: str
+    charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +230,7 @@ class Membership:
 
     def _left(self, event: Left) -> list[Decision]:
         del self.living[event.worker]
-        charged = event.worker not in self._draining
+        charged = event.charged and event.worker not in self._draining
         why = self._killed.pop(event.worker, event.why)
         self._draining.discard(event.worker)
         if charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):

@@ -64,6 +64,7 @@ class Attempt:
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "raysgd-checkpoint"))
     _saving: Future[None] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
+    _saved_step: int = 0
 
     def begin(self, generation: Generation | None) -> None:
         """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
@@ -79,7 +80,7 @@ class Attempt:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.storage, self.attempt, self.step)
+        return Ledger(self.storage, self.attempt, self.step, len(self.plan.spans()))
 
     def run(self) -> None:
         """Train to the end, with validation and checkpoints on the way."""
@@ -130,7 +131,7 @@ class Attempt:
         facts["canary"] = self.crew.canary
         self.settle()
         self.ledger.flush()  # before the checkpoint counts: what is in it is told
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
         self._saving = self._writer.submit(self._publish, generation, facts)
 
     def settle(self) -> None:
@@ -245,7 +246,8 @@ class Attempt:
         self._read_commits()
         seconds = self.plan.spec.run.checkpoint_seconds
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
-        if due and self.plan.consistency.exact and self._saving_is_over():
+        new = self.crew.running and self.curve.step > self._saved_step
+        if due and new and self.plan.consistency.exact and self._saving_is_over():
             raise _CheckpointDueError
 
     def _saving_is_over(self) -> bool:
@@ -258,8 +260,8 @@ class Attempt:
         self.crew.surviving(partial(self._read_commits, step))
         if step > 0 and step == self.curve.step:
             self.save(step)
-        self._saved_at = time.monotonic()
         self.crew.resume()
+        self._saved_at = time.monotonic()
 
     def _diverged(self, version: int) -> DivergedError:
         """What to say of the round that could not be applied."""

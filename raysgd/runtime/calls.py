@@ -64,7 +64,18 @@ def result(ref: Any, what: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaysgdError):
             raise error.cause from None
+        if isinstance(error.cause, ray.exceptions.RayActorError):  # one that the actor had called
+            raise ActorLostError(f"{what}: an actor died\n{error.cause}", error.cause.actor_id) from error
         raise RunError(f"{what}: {error.cause!r}\n{_ANSI.sub('', str(error))}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What people are told of an error: Ray's are pages long.
+
+    >>> first_line(RunError("server 0 died\\n  class_name: Server"))
+    'server 0 died'
+    """
+    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def gather(refs: Sequence[Any], what: str, watch: Callable[[], None]) -> list[Any]:

@@ -35,9 +35,8 @@ from raysgd.protocol.membership import (
     Start,
     Wait,
 )
-from raysgd.runtime.calls import WATCH_S, ActorLostError, call, gather, result
-from raysgd.runtime.gang import Gang, Member, same_node, shared_out
-from raysgd.runtime.place import here
+from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
+from raysgd.runtime.gang import Gang, same_node, shared_out
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.transport import ServerLostError
 from raysgd.runtime.worker import Task
@@ -81,9 +80,11 @@ class Crew:
         #: calls of ``run`` on their way, by whose they are; the number of the newest
         self._runs: dict[Any, int] = {}
         self._number = 0
+        #: who was found lost, and is not replaced yet; whether one of them was charged since the last deal
+        self._losses: list[RunError] = []
+        self._charged = False
         #: whether others are to carry the virtual workers
         self._due = False
-        self._site = here()
         self._began = time.monotonic()
         #: called with the version that all servers hold, when everybody has stopped and before others carry on
         self.settled: Callable[[int], None] = lambda _version: None
@@ -110,6 +111,11 @@ class Crew:
         """Deal the virtual workers anew after a pause: who was stopped has begun steps that others finished."""
         self._regroup()
 
+    @property
+    def running(self) -> bool:
+        """Whether somebody trains at the moment."""
+        return bool(self._runs)
+
     def score(self, version: int, count: int) -> list[Any]:
         """Scores of ``count`` validation shards at the version where the last run ended."""
         return self.surviving(partial(self._score, version, count))
@@ -129,10 +135,8 @@ class Crew:
                 return action()
             except _Changed:
                 pass
-            except ActorLostError as error:
-                self._lost(error)
-            except ServerLostError as error:
-                self._find_lost(error)
+            except (ActorLostError, ServerLostError) as error:
+                self._losses.append(error)
             self._regroup()
 
     def suspect(self, version: int) -> tuple[float, str] | None:
@@ -192,30 +196,13 @@ class Crew:
     def _pulse(self) -> None:
         """Raises ActorLostError where an actor is dead; a hung one is made so."""
         for number, worker in list(self.gang.workers.items()):
-            if self._hung(worker):
+            if self.gang.hung(worker):
                 self._decide(Silent(number, self.step(), worker.pulse.silent_s))
         for index, server in enumerate(self.gang.servers):
-            if self._hung(server):
+            if self.gang.hung(server):
                 why = f"server {index} hung for {server.pulse.silent_s:.1f} s: no answer, and no CPU time"
                 self.gang.bury(server)
                 raise ActorLostError(why, server.id)
-
-    def _hung(self, member: Member) -> bool:
-        try:
-            return member.pulse.look(member.actor.beat.remote, partial(self._cpu_ticks, member))
-        except ray.exceptions.RayActorError as error:
-            raise ActorLostError(f"it died\n{error}", member.id) from error
-
-    def _cpu_ticks(self, member: Member) -> int | None:
-        if self._site is not None and member.site == self._site:
-            return member.process.cpu_ticks()
-        for other in self.gang.neighbours(member):
-            try:
-                ticks: int | None = call([other.actor.cpu_ticks.remote(member.process)], "CPU time", timeout=1.0)[0]
-            except RunError:
-                continue
-            return ticks
-        return None
 
     def _decide(self, event: Event) -> None:
         """Tell the membership, and do what it decides; new assignments take effect when it is next safe."""
@@ -232,15 +219,20 @@ class Crew:
                 raise RunError(decision.why)
 
     def _left(self, number: int, why: str) -> None:
+        """A worker is gone. Several that go at once, such as with their node, are one loss."""
         self.gang.lost(self.gang.workers[number])
-        self._decide(Left(number, why))
+        charged, self._charged = not self._charged, True
+        self._decide(Left(number, why, charged))
 
-    def _lost(self, error: ActorLostError) -> None:
-        """Somebody is dead: make it true, and decide what follows."""
+    def _lost(self, error: RunError) -> None:
+        """Somebody is dead: make it true, and decide what follows. Nothing, where that was done already."""
+        if not isinstance(error, ActorLostError):
+            self._find_lost(error)
+            return
         for number, worker in list(self.gang.workers.items()):
             if worker.id == error.actor:
                 self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
-                self._left(number, _first_line(error))
+                self._left(number, first_line(error))
                 return
         for index, server in enumerate(self.gang.servers):
             if server.id == error.actor:
@@ -255,14 +247,15 @@ class Crew:
         for index, server in enumerate(list(self.gang.servers)):
             try:
                 call([server.actor.beat.remote()], f"server {index}", timeout=10.0)
-            except ActorLostError as lost:
+            except RunError as lost:
                 self._server_lost(index, lost)
                 found = True
         if not found:
             raise error
 
     def _server_lost(self, index: int, error: RunError) -> None:
-        for decision in self.membership.charge(f"server {index} was lost: {_first_line(error)}"):
+        charged, self._charged = not self._charged, True
+        for decision in self.membership.charge(f"server {index} was lost: {first_line(error)}") if charged else []:
             assert isinstance(decision, Fail)
             raise RunError(decision.why)
         self._stop_runs()
@@ -270,13 +263,17 @@ class Crew:
         if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
             self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
             return
-        raise RollBackError(f"server {index} was lost with its state: {_first_line(error)}")
+        raise RollBackError(f"server {index} was lost with its state: {first_line(error)}")
 
     # -- dealing anew
 
     def _regroup(self) -> None:
+        """Replace who is lost, and deal anew, until nobody else is lost meanwhile."""
         while True:
             try:
+                while self._losses:
+                    self._lost(self._losses[0])
+                    self._losses.pop(0)
                 self._stop_runs()
                 self._await_carriers()
                 self._due = self.pulled = False
@@ -285,9 +282,9 @@ class Crew:
                 self.membership.refence()  # who was stopped has memory that nobody reads any more
                 self._deal()
             except ActorLostError as error:
-                self._lost(error)
-                self._due = True
-            if not self._due:
+                self._losses.insert(0, error)
+            if not self._due and not self._losses:
+                self._charged = False
                 return
 
     def _refuse_others(self, carriers: Sequence[int]) -> None:
@@ -393,10 +390,6 @@ def _task(plan: Plan) -> Task:
         plan.consistency,
         plan.local,
     )
-
-
-def _first_line(error: RunError) -> str:
-    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def _cpus() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import ray
@@ -15,7 +16,7 @@ from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
 from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call
-from raysgd.runtime.place import relay_hosts
+from raysgd.runtime.place import here, relay_hosts
 from raysgd.runtime.process import Process
 from raysgd.runtime.pulse import Pulse
 from raysgd.runtime.server import Place, ServerActor
@@ -78,6 +79,7 @@ class Gang:
         self._bundle_of: dict[int, Bundle] = {}
         #: called while calls are awaited: looks who is alive
         self.watch: Callable[[], None] | None = None
+        self._site = here()
         self._numbers = 0
         #: by when workers are asked for: how many
         self._later: list[tuple[float, int]] = []
@@ -180,7 +182,15 @@ class Gang:
             self._coming[site] = Asked(actor, [actor.process.remote(), actor.hold.remote(held)])
 
     def look_for_spares(self) -> None:
-        """Take in the spares that have come."""
+        """Take in the spares that have come, and give up those that are dead or hung: others are asked for."""
+        for site, spare in list(self.spares.items()):
+            try:
+                alive = not self.hung(spare)
+            except ActorLostError:
+                alive = False
+            if not alive:
+                del self.spares[site]
+                self.bury(spare)
         for site, asked in list(self._coming.items()):
             done, _ = ray.wait(asked.ready, num_returns=len(asked.ready), timeout=0)
             if len(done) < len(asked.ready):
@@ -203,7 +213,7 @@ class Gang:
             succeeded = spare.actor.succeed.remote(address, make, span)
             self.boards[index] = call([succeeded], f"replacing server {index}", timeout=10.0)[0]
         except RunError:
-            ray.kill(spare.actor)
+            self.bury(spare)
             return False
         self.servers[index] = spare
         self.replaced[index] += 1
@@ -267,12 +277,43 @@ class Gang:
         Where nobody of its node answers the node itself is gone, and nobody there shares its memory.
         """
         ray.kill(member.actor)
+        if self._is_here(member) and member.process.kill():
+            return
         for other in self.neighbours(member):
             try:
                 if call([other.actor.kill.remote(member.process)], "ending a process", timeout=10.0)[0]:
                     return
             except RunError:
                 continue
+
+    def hung(self, member: Member) -> bool:
+        """Whether the actor is hung. Raises ActorLostError where it is dead."""
+        try:
+            return member.pulse.look(member.actor.beat.remote, partial(self._cpu_ticks, member))
+        except ray.exceptions.RayActorError as error:
+            raise ActorLostError(f"it died\n{error}", member.id) from error
+
+    def refuse_hung(self) -> None:
+        """Raises ActorLostError where a worker is dead or hung; a hung one is made dead."""
+        for number, worker in self.workers.items():
+            if self.hung(worker):
+                self.bury(worker)
+                raise ActorLostError(f"worker {number} hung for {worker.pulse.silent_s:.1f} s", worker.id)
+
+    def _is_here(self, member: Member) -> bool:
+        """Whether the actor is on this process's own node."""
+        return self._site is not None and member.site == self._site
+
+    def _cpu_ticks(self, member: Member) -> int | None:
+        if self._is_here(member):
+            return member.process.cpu_ticks()
+        for other in self.neighbours(member):
+            try:
+                ticks: int | None = call([other.actor.cpu_ticks.remote(member.process)], "CPU time", timeout=1.0)[0]
+            except RunError:
+                continue
+            return ticks
+        return None
 
     def neighbours(self, member: Member) -> list[Member]:
         """Other actors of the same node."""

@@ -29,7 +29,7 @@ from raysgd.report.progress import Report, report_to
 from raysgd.report.status import Status
 from raysgd.resume import Beginning, beginning, clear, forget_diverging
 from raysgd.runtime.attempt import Attempt
-from raysgd.runtime.calls import ActorLostError, gather
+from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
 from raysgd.runtime.gang import Gang, shared_out
 from raysgd.runtime.session import session
@@ -269,8 +269,9 @@ class Trainer:
         borne = self.spec.run.failure_config.max_failures
         if 0 <= borne < losses:
             count = f"losses without progress: {losses}, {borne} are borne (run.failure_config.max_failures)"
-            raise RunError(f"{lost}; {count}")
-        self.report.say(f"{lost}; all go back to step {step:,}, and on from there to the same bytes")
+            raise RunError(f"{first_line(lost)}; {count}")
+        same = " to the same bytes" if self.spec.train.staleness == 0 else ""
+        self.report.say(f"{first_line(lost)}; all go back to step {step:,}, and on from there{same}")
         return replace(again, attempt=before.attempt), plan
 
     def _train(self, gang: Gang, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper) -> None:
@@ -303,7 +304,10 @@ class Trainer:
                 attempt.run()
             except KeyboardInterrupt:
                 self.report.say("interrupted: writing a checkpoint")
-                attempt.halt()
+                try:
+                    attempt.halt()
+                except RunError as error:  # who asked to end the run is heard whatever else is wrong
+                    self.report.say(f"warning: no checkpoint could be written: {first_line(error)}")
                 raise
             finally:
                 attempt.close()
@@ -318,7 +322,7 @@ class Trainer:
             gang.workers[number].actor.statistics.remote(tables.train, share, vocabularies)
             for number, share in shares.items()
         ]
-        found = gather(calls, "the statistics pass", lambda: None)
+        found = gather(calls, "the statistics pass", gang.refuse_hung)
         return plan_from_statistics(self.spec, tables, [s for share in found for s in share])
 
     def _curve(self, log: MetricsLog, begin: Beginning, plan: Plan) -> Curve:

@@ -19,8 +19,9 @@ import pytest
 from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd.audit import audit
-from raysgd.errors import RunError
+from raysgd.errors import Interrupted, RunError
 from raysgd.report.progress import Silent
+from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.gang import Gang
 from raysgd.runtime.guard import descendants
 from raysgd.runtime.trainer import Result, Trainer
@@ -328,3 +329,72 @@ def test_flights_under_twenty_kills(flights: Path, tmp_path: Path) -> None:
     found = audit(Storage.open(run))
     assert (found.problems, found.steps, found.rows) == ((), want.step, True)
     assert curve(run) == curve(tmp_path / str(one.run.storage_path) / "one")
+
+
+def test_many_at_once_are_one_loss(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
+    """All four workers and a server: a budget of three is not used up, and the spare goes on from the memory."""
+
+    def what(until: Callable[[int], None]) -> None:
+        until(4000)
+        wait_for("the spare", lambda: len(actors("Server")) == 3)
+        time.sleep(0.3)
+        for pid in (actors("Server")[0], *actors("Worker")):
+            os.kill(pid, signal.SIGKILL)
+
+    disturb("at-once", what)
+    result, said = fit(place, "at-once", 4, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "at-once") == undisturbed
+    assert not any("all go back" in line for line in said), said
+
+
+def test_a_spare_that_dies_is_replaced(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
+    def what(until: Callable[[int], None]) -> None:
+        until(1000)
+        wait_for("the spare", lambda: len(actors("Server")) == 3)
+        spare = actors("Server")[-1]
+        os.kill(spare, signal.SIGKILL)
+        wait_for("another spare", lambda: len(actors("Server")) == 3 and spare not in actors("Server"))
+        time.sleep(0.3)
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    disturb("spare", what)
+    result, said = fit(place, "spare", 2, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "spare") == undisturbed
+    assert not any("all go back" in line for line in said), said
+
+
+def test_an_interrupt_is_heard_while_a_server_is_dead(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that it would write cannot be written; it ends all the same, and the same command goes on."""
+    train_to = Attempt._train_to
+
+    def interrupted(self: Attempt, until: int) -> None:
+        if until > 3500:
+            os.kill(self.gang.servers[0].process.pid, signal.SIGKILL)
+            raise KeyboardInterrupt
+        train_to(self, until)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Attempt, "_train_to", interrupted)
+        with pytest.raises(Interrupted, match="the same command continues from the checkpoint of step 3,500"):
+            fit(place, "heard", 2, 2)
+    assert status_of(place / "runs" / "heard")["state"] == "interrupted"
+
+
+def test_a_worker_that_hangs_in_the_statistics_pass_is_noticed(
+    place: Path, truth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_plan, stopped = Trainer._new_plan, []
+
+    def when_stopped(self: Trainer, gang: Gang, tables: Any) -> Any:
+        if not stopped:
+            stopped.append(gang.workers[0].process.pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+        return new_plan(self, gang, tables)
+
+    monkeypatch.setattr(Trainer, "_new_plan", when_stopped)
+    result, said = fit(place, "statistics", 2, 1)
+    assert (result.step, result.digest) == (END, truth)
+    assert any("worker 0 hung for" in line for line in said), said
+    assert not Path(f"/proc/{stopped[0]}").exists()
