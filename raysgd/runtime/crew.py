@@ -120,10 +120,6 @@ class Crew:
         """Scores of ``count`` validation shards at the version where the last run ended."""
         return self.surviving(partial(self._score, version, count))
 
-    def call(self, refs: Callable[[], Sequence[Any]], what: str) -> list[Any]:
-        """The results of actor calls; made again where somebody is lost meanwhile and replaced."""
-        return self.surviving(lambda: self.gang.call(refs(), what))
-
     def committed(self, step: int) -> None:
         """The run has reached ``step``: losses before are forgotten."""
         self._decide(Committed(step))
