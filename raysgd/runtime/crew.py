@@ -222,6 +222,7 @@ class Crew:
 
     def _lost(self, error: RunError) -> None:
         """Somebody is dead: make it true, and decide what follows. Nothing, where that was done already."""
+        self.gang.check_cluster()
         if not isinstance(error, ActorLostError):
             self._find_lost(error)
             return

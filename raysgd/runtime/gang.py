@@ -79,6 +79,8 @@ class Gang:
         self._bundle_of: dict[int, Bundle] = {}
         #: called while calls are awaited: looks who is alive
         self.watch: Callable[[], None] | None = None
+        #: raises where the cluster itself is dead
+        self.check_cluster: Callable[[], None] = lambda: None
         self._site = here()
         self._numbers = 0
         #: by when workers are asked for: how many

@@ -41,7 +41,15 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        return cls(os.getpid(), stat_field(os.getpid(), 19) or "")
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        return cls(pid, stat_field(pid, 19) or "")
+
+    def alive(self) -> bool:
+        """Whether it runs: one that has ended and that nobody has asked after does not."""
+        return stat_field(self.pid, 19) == self.started and stat_field(self.pid, 0) != "Z"
 
     def cpu_ticks(self) -> int | None:
         """CPU time that it has used, in ticks of the system's clock; None: it is gone, or this system does not tell."""

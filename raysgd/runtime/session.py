@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from pathlib import Path
 import ray
 
 from raysgd.errors import InputError, RunError
-from raysgd.runtime.guard import guarded
+from raysgd.runtime.guard import descendants, guarded
+from raysgd.runtime.process import Process
 
 #: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
 SINGLE_THREADED = dict.fromkeys(
@@ -25,10 +27,19 @@ SINGLE_THREADED = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The cluster in use. ``started`` says whether it is ours to shut down; ``notes`` are lines for the user."""
+    """The cluster in use. ``started`` says whether it is ours to shut down; ``notes`` are lines for the user.
+
+    raylet: Ray's own process on this node, where we started it and the system tells
+    """
 
     started: bool
     notes: tuple[str, ...] = ()
+    raylet: Process | None = None
+
+    def check(self) -> None:
+        """Raises RunError where our own cluster is dead: nobody comes back then."""
+        if self.raylet is not None and not self.raylet.alive():
+            raise RunError("the local Ray cluster died; the same command starts another one and continues")
 
 
 @contextmanager
@@ -55,10 +66,22 @@ def session(cpus: float, address: str | None = None) -> Iterator[Session]:
     notes = _start(cpus)
     with guarded():
         try:
-            yield Session(started=True, notes=notes)
+            yield Session(started=True, notes=notes, raylet=_raylet())
         finally:
             with _undisturbed():
                 ray.shutdown()
+
+
+def _raylet() -> Process | None:
+    """The raylet below this process."""
+    for pid in descendants(os.getpid()) if sys.platform == "linux" else ():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if command[0].endswith(b"/raylet"):
+            return Process.of(pid)
+    return None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
 from raysgd.runtime.gang import Gang, shared_out
-from raysgd.runtime.session import session
+from raysgd.runtime.session import Session, session
 from raysgd.spec import RunConfig, RunSpec, ScalingConfig, TrainConfig
 from raysgd.storage import Storage
 
@@ -209,10 +209,9 @@ class Trainer:
                     self.report.say(line)
                 self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
                 keeper.move("running")
-                # Our own cluster has room by construction: there only the start of processes can take long.
-                timeout_s = START_TIMEOUT_S if cluster.started else None
                 losses = 0
-                while (lost := self._lives(timeout_s, tables, begin, plan, keeper)) is not None:
+                while (lost := self._lives(cluster, tables, begin, plan, keeper)) is not None:
+                    cluster.check()
                     if isinstance(lost, DivergedError):
                         forget_diverging(self._storage)
                     again = beginning(self._storage, self.spec, tables, fresh=False)
@@ -235,10 +234,12 @@ class Trainer:
         self._draw()
 
     def _lives(
-        self, timeout_s: float | None, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper
+        self, cluster: Session, tables: Tables, begin: Beginning, plan: Plan | None, keeper: _Keeper
     ) -> RunError | None:
         """Train with a gang of actors, until the end (None), or until so much is lost that others must begin anew."""
-        gang = Gang(self.spec.scaling, timeout_s)
+        # Our own cluster has room by construction: there only the start of processes can take long.
+        gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
+        gang.check_cluster = cluster.check
         try:
             self._train(gang, tables, begin, plan, keeper)
         except (RollBackError, ActorLostError) as error:
