@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -19,6 +19,19 @@ CALL_TIMEOUT_S = 120.0
 
 #: seconds between two looks at who is alive, while calls are awaited
 WATCH_S = 0.25
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untold(method: F) -> F:
+    """A method of an actor whose calls Ray keeps no record of: there are several a second, and its records stay."""
+    return cast(F, ray.method(enable_task_events=False)(method))
+
+
+def control(method: F) -> F:
+    """The same, answered also while another method is running, by a thread of its own."""
+    return cast(F, ray.method(concurrency_group="control", enable_task_events=False)(method))
 
 
 class ActorLostError(RunError):

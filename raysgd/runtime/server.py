@@ -24,6 +24,7 @@ from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
 from raysgd.protocol.sparse_shard import SparseShard
 from raysgd.runtime.board import Board, BoardAddress
+from raysgd.runtime.calls import untold
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.shared import SharedServer
@@ -86,6 +87,7 @@ class Server:
         make = partial(make, generation=remains.newest, previous=remains.previous, commits=remains.commits)
         return await self.begin(make, span, address.buffers, address.slots)
 
+    @untold
     async def beat(self) -> None:
         """A sign of life."""
 
@@ -160,6 +162,7 @@ class Server:
             found: Generation = self.shard.snapshot(version, part)
         return found
 
+    @untold
     async def commits(self, since: int) -> list[Commit]:
         with self.lock:
             commits: list[Commit] = self.shard.drain(since)

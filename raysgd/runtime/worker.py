@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import ray
 
@@ -32,6 +32,7 @@ from raysgd.protocol.messages import Request
 from raysgd.protocol.sparse import SparsePull, SparseReply
 from raysgd.protocol.sparse_client import SparseClient
 from raysgd.runtime.board import BoardAddress
+from raysgd.runtime.calls import control
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
 from raysgd.runtime.relay import NodeRelay, Traffic, actor_calls
@@ -41,13 +42,6 @@ from raysgd.runtime.sparse_loop import scores_at, sparse_loop
 from raysgd.runtime.sparse_shared import SparseSharedMemory
 from raysgd.runtime.transport import ActorCalls, Transport
 from raysgd.scoring import score_rows, score_shard
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def control(method: F) -> F:
-    """A method of an actor that is answered also while ``run`` is running, by a thread of its own."""
-    return cast(F, ray.method(concurrency_group="control")(method))
 
 
 @dataclass(frozen=True)
