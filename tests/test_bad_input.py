@@ -136,6 +136,7 @@ def test_the_config_itself_has_no_fault(here: Path, capsys: pytest.CaptureFixtur
         ("train.staleness=-1", "train.staleness must be a whole number >= 0 or inf, got -1"),
         ("scaling.num_servers=false", "scaling.num_servers must be a whole number >= 1, got False"),
         ("scaling.worker_cpus=0", "scaling.worker_cpus must be > 0, got 0"),
+        ("scaling.server_cpus=0.00001", "scaling.server_cpus must be at least 0.0001, got 1e-05"),
         ("run.stop_after_steps=0", "run.stop_after_steps must be a whole number >= 1, got 0"),
         ("data.nulls=ignore", "data.nulls must be one of 'refuse', 'impute', 'drop', got 'ignore'"),
         ("data.path=[]", "data.path must be a file, a directory, a glob, or a list of these, got []"),

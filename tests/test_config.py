@@ -80,6 +80,7 @@ def test_every_section_is_read() -> None:
 
 
 rates = st.floats(1e-6, 10.0)
+cpus = st.floats(1e-4, 10.0)
 durations = st.one_of(st.integers(1, 10_000), st.sampled_from(["1epoch", "0.5epoch", "3epochs"]))
 plain_schedules = st.one_of(
     st.builds(Constant, rates),
@@ -133,7 +134,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
             parts,
             on_divergence=draw(st.sampled_from(["stop", "lower_learning_rate"])),
         ),
-        scaling=ScalingConfig(draw(workers(parts)), draw(st.integers(1, 3)), draw(rates), draw(rates)),
+        scaling=ScalingConfig(draw(workers(parts)), draw(st.integers(1, 3)), draw(cpus), draw(cpus)),
         run=RunConfig(
             name=draw(st.none() | st.sampled_from(["flights", "täglich", "a b"])),
             storage_path=draw(st.sampled_from(["/runs", "gs://bucket/runs"])),

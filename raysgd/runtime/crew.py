@@ -37,6 +37,7 @@ from raysgd.protocol.membership import (
 )
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
 from raysgd.runtime.gang import Gang, same_node, shared_out
+from raysgd.runtime.place import by_node
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.transport import ServerLostError
 from raysgd.runtime.worker import Task
@@ -94,8 +95,9 @@ class Crew:
         """Start the servers and give every worker that is there its virtual workers."""
         slots = () if self.plan.sparse else tuple(self.plan.spec.optimizer.slots)
         self.gang.begin(shards, self.plan.spans(), self.plan.buffers, slots)
-        for number, member in list(self.gang.workers.items()):
-            self._decide(Joined(number, member.site))
+        members = list(self.gang.workers.items())
+        for i in by_node([member.site for _, member in members], [place for place, _ in self.gang.boards]):
+            self._decide(Joined(members[i][0], members[i][1].site))
         self._regroup()
 
     def run(self, start: int, until: int, watch: Callable[[], None]) -> list[LoopReport]:
