@@ -36,7 +36,7 @@ from raysgd.protocol.membership import (
     Wait,
 )
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
-from raysgd.runtime.gang import Gang, same_node, shared_out
+from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
 from raysgd.runtime.place import by_node
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.transport import ServerLostError
@@ -182,14 +182,20 @@ class Crew:
     def _watch(self) -> None:
         """Look who is alive and who has come; raises where that changes who carries what."""
         self._pulse()
-        for number in self.gang.joined():
-            self._decide(Joined(number, self.gang.workers[number].site))
+        for number in self._welcome():
             self.say(f"worker {number} joined at step {self.step():,}: {len(self.gang.workers)} workers")
         if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
             self.gang.ask_spares()
             self.gang.look_for_spares()
         if self._due:
             raise _Changed
+
+    def _welcome(self) -> list[int]:
+        """Tell the membership of the workers that have come; who they are."""
+        joined = self.gang.joined()
+        for number in joined:
+            self._decide(Joined(number, self.gang.workers[number].site))
+        return joined
 
     def _pulse(self) -> None:
         """Raises ActorLostError where an actor is dead; a hung one is made so."""
@@ -337,10 +343,9 @@ class Crew:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"no worker came within {NOBODY_S:g} s after the last one was lost: "
-                    f"a worker asks for {self.gang.scaling.worker_cpus:g} CPUs; {_cpus()}"
+                    f"a worker asks for {self.gang.scaling.worker_cpus:g} CPUs; {free_cpus()}"
                 )
-            for number in self.gang.joined():
-                self._decide(Joined(number, self.gang.workers[number].site))
+            self._welcome()
             time.sleep(0.05)
 
     def _deal(self) -> None:
@@ -389,8 +394,3 @@ def _task(plan: Plan) -> Task:
         plan.consistency,
         plan.local,
     )
-
-
-def _cpus() -> str:
-    free, total = (float(r.get("CPU", 0.0)) for r in (ray.available_resources(), ray.cluster_resources()))
-    return f"available now: {free:g} of {total:g} CPUs"

@@ -385,16 +385,21 @@ class Gang:
         pids = [*(a.ready[0] for a in self.asked.values()), *(actor.process.remote() for actor in servers)]
         ready, pending = ray.wait(pids, num_returns=len(pids), timeout=max(0.0, deadline - time.monotonic()))
         if pending:
-            free = float(ray.available_resources().get("CPU", 0.0))
-            total = float(ray.cluster_resources().get("CPU", 0.0))
+            free = free_cpus()
             for actor in servers:
                 ray.kill(actor)
             raise InputError(
                 f"the cluster placed {len(ready)} of {len(pids)} actors within {self.timeout_s:g} s: "
-                f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}; available now: "
-                f"{free:g} of {total:g} CPUs. Ask for fewer, or wait until other jobs end"
+                f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}; "
+                f"{free}. Ask for fewer, or wait until other jobs end"
             )
         call(ready, "starting the actors")
+
+
+def free_cpus() -> str:
+    """What the cluster can still give, for people."""
+    free, total = (float(r.get("CPU", 0.0)) for r in (ray.available_resources(), ray.cluster_resources()))
+    return f"available now: {free:g} of {total:g} CPUs"
 
 
 def same_node(site: str | None, boards: Sequence[Place]) -> list[BoardAddress] | None:
