@@ -56,11 +56,16 @@ def undisturbed(place: Path, ray_cluster: None) -> Path:  # noqa: ARG001
     return run
 
 
-class Disturbed:
-    """A run in mid-course as a process, and what must hold after its end."""
+#: no step takes less than this: on a fast machine, too, there is a middle in which to disturb a run
+SLOW = "worker.compute:sleep=0.004"
 
-    def __init__(self, place: Path, name: str, *settings: str, **how: Any) -> None:
+
+class Disturbed:
+    """A run in mid-course as a process, slow, and what must hold after its end."""
+
+    def __init__(self, place: Path, name: str, *settings: str, pace: str = SLOW, **how: Any) -> None:
         self.place, self.name, self.run = place, name, place / "runs" / name
+        how["environment"] = {"RAYSGD_FAILPOINTS": pace, **how.get("environment", {})}
         self.process = Marked(raysgd_command(*arguments(place, name, *settings)), place, **how)
 
     def until_mid_segment(self) -> None:
@@ -119,7 +124,7 @@ def test_killed_driver(disturbed: Any, undisturbed: Path, place: Path) -> None:
     status = run.ended("running", None)
     assert status["step"] % 300 == 0
     # Once the same command as a process of its own, too.
-    again = Disturbed(place, run.name)
+    again = Disturbed(place, run.name, pace="")
     try:
         assert again.process.wait() == 0, again.process.text
         again.process.gone()

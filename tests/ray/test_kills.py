@@ -41,6 +41,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+#: for the workers, see `paced`
+PACE = "worker.compute:sleep=0.0001"
+
+
 class Said(Silent):
     """Keeps what people would be told."""
 
@@ -54,6 +58,20 @@ class Said(Silent):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("kills") / "runs")
+
+
+@pytest.fixture(autouse=True)
+def paced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step takes less than a good part of a millisecond: on a fast machine, too, there is time to disturb a run."""
+    options = Gang._options
+
+    def slow(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
+        made = options(self, cpus, bundle)
+        if cpus == self.scaling.worker_cpus:
+            made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": PACE}
+        return made
+
+    monkeypatch.setattr(Gang, "_options", slow)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +192,8 @@ def test_a_kill_at_every_point_of_a_step(
         if cpus == (self.scaling.worker_cpus if kind == "worker" else self.scaling.server_cpus):
             asked.append(cpus)
             if len(asked) == 1:
-                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": order}
+                orders = {"RAYSGD_FAILPOINTS": f"{PACE},{order}"}
+                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **orders}
         return made
 
     monkeypatch.setattr(Gang, "_options", first_dies)
