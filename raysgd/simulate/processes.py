@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raysgd.protocol.membership import HANGS_IN_ONE_STEP, Draining, Left, Silent
+from raysgd.simulate import replicas
 from raysgd.simulate.servers import strike
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def befall(sim: Simulation) -> None:
         (faults.drain, drain),
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
+        (faults.replica_kill, replicas.strike),
     ):
         if probability and chance() < probability:
             fault(sim)
