@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysgd.learn.batch import Float32, Float64
+from raysgd.protocol.generation import Generation
 
 if TYPE_CHECKING:
     from raysgd.protocol.gate import Commit
@@ -46,6 +47,15 @@ class Followed:
 
     shard: int
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What a replica begins with: copies of the generations, and the records that the driver was not told of yet."""
+
+    newest: Generation
+    previous: Generation | None
+    commits: list[Commit]
 
 
 class Copied:

@@ -24,7 +24,7 @@ from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Commit, Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
-from raysgd.protocol.replica import Sealed
+from raysgd.protocol.replica import Copy, Sealed
 from raysgd.protocol.tree import Order, Partial, TreeSum, add_up, additions, is_node
 from raysgd.protocol.update import Rule, Update, clip_factor
 
@@ -164,10 +164,20 @@ class ServerShard(Gate[TreeSum]):
             return Gone(self.index, pull.version, oldest=held if held >= 0 else self.version)
         return self._later(pull.version)
 
+    def freeze(self) -> int:
+        """As of every shard; not beyond what the replica holds, too."""
+        return min(super().freeze(), self.told)
+
     def drain(self, since: int) -> list[Commit]:
         """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
         told = self.told
         return [c for c in super().drain(since) if c.step < told]
+
+    def copy(self) -> Copy:
+        """All that a replica begins with; until it says that it has that, the shard goes on alone."""
+        self.copied = None
+        previous = self._previous.copy() if self.has_previous else None
+        return Copy(self._newest.copy(), previous, list(self.commits))
 
     def follow(self, sealed: Sealed) -> int:
         """As a replica, take over a step that the primary sealed; the version that is here now.

@@ -44,20 +44,21 @@ def fill(sim: Simulation) -> None:
     """Nobody trains at the moment: give a replica to each shard that lacks one."""
     for index, shard in enumerate(sim.shards):
         if sim.faults.replicas and sim.replicas[index] is None:
-            alone(sim, index)  # where it waits for one that is dead
-            generation, previous = servers.remains(shard)
+            copy = shard.copy()
+            sim.wake_readers(index)  # it waits no longer for one that is dead
             sim.replica_number += 1
-            copy = sim.make_shard(index, generation, previous, servers.untold(sim, index, generation.step))
-            sim.replicas[index] = Replica(copy, sim.replica_number)
-            shard.copied = Copied(generation.step)
+            follower = sim.make_shard(index, copy.newest, copy.previous, copy.commits)
+            sim.replicas[index] = Replica(follower, sim.replica_number)
+            shard.copied = Copied(copy.newest.step)
 
 
 def tell(sim: Simulation, index: int) -> None:
     """Carry what a shard has to say to its replica."""
     replica, copied = sim.replicas[index], sim.shards[index].copied
     if copied is not None:
-        for sealed in copied.outbox if replica is not None else ():
-            sim.network.send(index, Between(replica.number, sealed))
+        if replica is not None:
+            for sealed in copied.outbox:
+                sim.network.send(index, Between(replica.number, sealed))
         copied.outbox.clear()
 
 
