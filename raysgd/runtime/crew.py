@@ -216,8 +216,8 @@ class Crew:
                 why = f"server {index} hung for {server.pulse.silent_s:.1f} s: no answer, and no CPU time"
                 self.gang.bury(server)
                 raise ActorLostError(why, server.id)
-        for index in self.replicas.watch():
-            self.say(f"the replica of server {index} is lost at step {self.step():,}; another is asked for")
+        for index, why in self.replicas.watch().items():
+            self.say(f"the replica of server {index} is lost at step {self.step():,} ({why}); another is asked for")
 
     def _decide(self, event: Event) -> None:
         """Tell the membership, and do what it decides; new assignments take effect when it is next safe."""
@@ -282,7 +282,8 @@ class Crew:
             return
         self.gang.bury(self.gang.servers[index])
         if self.replicas.promote(index):
-            self.say(f"server {index} is lost at step {self.step():,}; its replica on another node takes its place")
+            how = f"({first_line(error)}); its replica on another node takes its place"
+            self.say(f"server {index} is lost at step {self.step():,} {how}")
             return
         raise RollBackError(f"server {index} was lost with its state: {first_line(error)}")
 

@@ -247,7 +247,7 @@ class Gang:
 
     def relay(self, workers: Sequence[int], spans: Sequence[Range], n_virtual: int, version: int) -> None:
         """On each node that has ``workers`` but lacks a server, have one stand in for it from ``version`` on."""
-        begun = {}
+        begun, before = {}, {host for host, _ in self.relays.values()}
         sites = [self.workers[w].site for w in workers]
         for site, host in relay_hosts(sites, [place for place, _ in self.boards]).items():
             number = workers[host]
@@ -257,6 +257,9 @@ class Gang:
                 if place != site
             }
             begun[site] = number, self.workers[number].actor.relay_to.remote(far, spans, n_virtual, version)
+        idle = before & set(self.workers) - {host for host, _ in begun.values()}
+        ended = [self.workers[host].actor.relay_to.remote({}, spans, n_virtual, version) for host in idle]
+        self.call(ended, "ending relays")
         boards = self.call([ref for _, ref in begun.values()], "starting the relays")
         self.relays = {site: (host, at) for (site, (host, _)), at in zip(begun.items(), boards, strict=True)}
 

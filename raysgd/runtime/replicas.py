@@ -15,7 +15,7 @@ import ray
 from raysgd.errors import RunError
 from raysgd.learn.parameters import Range
 from raysgd.protocol.shard import ServerShard
-from raysgd.runtime.calls import ActorLostError, call
+from raysgd.runtime.calls import ActorLostError, call, first_line
 from raysgd.runtime.gang import Gang, Member
 
 #: seconds for a copy of a shard to get to another node
@@ -104,17 +104,18 @@ class Replicas:
         gang.meet()
         return True
 
-    def watch(self) -> list[int]:
-        """The shards whose replica was found dead or hung since; their servers go on alone until another follows."""
-        lost = []
+    def watch(self) -> dict[int, str]:
+        """The shards whose replica was found dead or hung since, and how; their servers go on alone until another
+        follows."""
+        lost = {}
         for index, replica in list(self.gang.replicas.items()):
             try:
-                alive = not self.gang.hung(replica)
-            except ActorLostError:
-                alive = False
-            if not alive:
+                why = f"it hung for {replica.pulse.silent_s:.1f} s" if self.gang.hung(replica) else None
+            except ActorLostError as error:
+                why = first_line(error)
+            if why is not None:
                 self.lost(index)
-                lost.append(index)
+                lost[index] = why
         return lost
 
     def lost(self, index: int) -> None:

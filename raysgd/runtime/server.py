@@ -146,8 +146,11 @@ class Server:
         copied, replica = self.shard.copied, self.replica
         if copied is None or replica is None:
             return
+        assert self.loop is not None
+        # By way of the loop: where the answer is there at once, a callback would run here, and the lock is taken.
+        later, answered = self.loop.call_soon_threadsafe, partial(self._followed, replica)
         for sealed in copied.outbox:
-            replica.follow.remote(sealed).future().add_done_callback(partial(self._followed, replica))
+            replica.follow.remote(sealed).future().add_done_callback(partial(later, answered))
         copied.outbox.clear()
 
     def _followed(self, replica: Any, future: Any) -> None:
@@ -158,11 +161,10 @@ class Server:
                 copied = self.shard.copied
                 if replica is not self.replica or copied is None:
                     return
-                if copied.confirm(future.result()) and self.shared is not None:
-                    self.shared.publish()
-            self._wake_from_thread()
+                if copied.confirm(future.result()):
+                    self._publish()
         elif isinstance(error, ray.exceptions.ActorUnavailableError) and self.loop is not None:
-            self.loop.call_soon_threadsafe(self.loop.call_later, PAUSE_S, self._ship_again, replica)
+            self.loop.call_later(PAUSE_S, self._ship_again, replica)
 
     def _ship_again(self, replica: Any) -> None:
         with self.lock:
