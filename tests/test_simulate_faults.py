@@ -36,7 +36,7 @@ def test_the_schedules_are_hostile() -> None:
     faults = found().faults
     assert set(found().kinds) == set(STEPS)
     assert min(found().kinds.values()) >= 100
-    for kind in ("kill", "hang", "join", "drain", "server_kill", "server_kill in a write", "roll-back"):
+    for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "roll-back"):
         assert faults[kind] >= 0.2 * SCHEDULES, kind
     for kind in ("kill_all", "node_loss"):
         assert faults[kind] >= 0.05 * SCHEDULES, kind
@@ -52,6 +52,7 @@ ALONE = {
     "hang": 0.1,
     "join": 0.2,
     "drain": 0.1,
+    "slow": 0.3,
     "server_kill": 0.2,
     "node_loss": 0.05,
 }

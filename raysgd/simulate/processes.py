@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raysgd.protocol.membership import HANGS_IN_ONE_STEP, Draining, Left, Silent
+from raysgd.protocol.shares import Measured
 from raysgd.simulate.servers import strike
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def befall(sim: Simulation) -> None:
         (faults.hang, hang),
         (faults.join, join),
         (faults.drain, drain),
+        (faults.slow, measure),
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
     ):
@@ -82,6 +84,17 @@ def drain(sim: Simulation, worker: int) -> None:
     """Announced, and gone after a while."""
     sim.later(0, partial(sim.take, Draining(worker)))
     sim.later(30 + sim.random.randrange(100), partial(end, sim, worker))
+
+
+def measure(sim: Simulation) -> None:
+    """The carriers' rates are compared, twice in a row: any of them may be ten times slower than the others."""
+    carriers = {a.worker: len(a.run) for a in sim.membership.assignments}
+    seconds = {w: sim.random.choice([1.0, 1.5, 2.0, 10.0]) for w in carriers}
+    if carriers:
+        sim.outcome.faults["slow"] += 1
+        step_s = max(n * seconds[w] for w, n in carriers.items())
+        for _ in range(2):
+            sim.take(Measured(float(sim.now), step_s, seconds))
 
 
 @on_a_worker("hang")
