@@ -140,14 +140,16 @@ Event: TypeAlias = Joined | Left | Silent | Draining | Measured | Committed
 Decision: TypeAlias = Assign | Start | Kill | Wait | Fail
 
 
-def deal(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
+def deal(n_virtual: int, n_workers: int, costs: Sequence[float] = ()) -> tuple[Range, ...]:
     """``n_virtual`` virtual workers as ``n_workers`` contiguous runs that differ by at most one.
+
+    costs: of one virtual worker for each; where they differ, the last is to be done soonest, and a run may be empty
 
     >>> deal(8, 3)
     (Range(begin=0, end=2), Range(begin=2, end=5), Range(begin=5, end=8))
     """
     assert 1 <= n_workers <= n_virtual, (n_workers, n_virtual)
-    return tuple(runs_of(shared(n_virtual, [1.0] * n_workers)))
+    return tuple(runs_of(shared(n_virtual, costs or [1.0] * n_workers)))
 
 
 def backoff(failures: int) -> float:
@@ -298,5 +300,5 @@ class Membership:
         carriers = [w for w in staying if w in chosen]
         if not carriers:
             return []
-        counts = shared(self.n_virtual, [slow.get(w, 1.0) for w in carriers])
-        return [(w, run) for w, run in zip(carriers, runs_of(counts), strict=True) if len(run)]
+        runs = deal(self.n_virtual, len(carriers), [slow.get(w, 1.0) for w in carriers])
+        return [(w, run) for w, run in zip(carriers, runs, strict=True) if len(run)]

@@ -31,6 +31,7 @@ from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
 from raysgd.runtime.calls import call
 from raysgd.runtime.crew import Crew, RollBackError
+from raysgd.runtime.drain import HURRY_S
 from raysgd.runtime.gang import Gang
 from raysgd.runtime.report import LoopReport
 from raysgd.storage import Storage
@@ -245,6 +246,8 @@ class Attempt:
     def _tick(self) -> None:
         self._read_commits()
         seconds = self.plan.spec.run.checkpoint_seconds
+        if self.crew.notices.hurry:
+            seconds = min(HURRY_S, seconds or HURRY_S)
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
         new = self.crew.running and self.curve.step > self._saved_step
         if due and new and self.plan.consistency.exact and self._saving_is_over():

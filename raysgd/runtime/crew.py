@@ -77,7 +77,7 @@ class Crew:
         self.gang, self.plan, self.step, self.say = gang, plan, step, say
         self.n_virtual = plan.spec.train.virtual_workers
         self.membership = Membership(self.n_virtual, scaling.least_workers, scaling.most_workers, failure.max_failures)
-        self.task = _task(plan)
+        self.task = Task.of(plan)
         #: by worker: what it carries
         self.shares: dict[int, Share] = {}
         #: whether every carrier has pulled the version at which the last run ended
@@ -407,19 +407,3 @@ OTHER_BYTES = (
     "its processor computes other bytes than those of the run (another family, another BLAS, or other settings of it): "
     "use machines of one type, or set OPENBLAS_CORETYPE to the same value on all of them"
 )
-
-
-def _task(plan: Plan) -> Task:
-    return Task(
-        plan.learner,
-        plan.encoder,
-        plan.tables.train,
-        plan.tables.validation,
-        plan.sampler,
-        plan.spec.train.virtual_workers,
-        plan.spans(),
-        plan.end_step,
-        plan.spec.scaling.cache_bytes,
-        plan.consistency,
-        plan.local,
-    )

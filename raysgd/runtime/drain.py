@@ -18,16 +18,21 @@ from raysgd.runtime.gang import Gang
 #: seconds between two looks, each a call of 0.3 ms
 LOOK_S = 1.0
 
+#: seconds between two checkpoints, at most, while servers will go with their node
+HURRY_S = 10.0
+
 
 class Notices:
     """The nodes that were announced to go, also those that have gone since: Ray forgets them.
 
     nodes: by id;  leaving: why all actors are to move, as soon as there is a checkpoint; for people
+    hurry: whether servers will go with their node, because nowhere else is room for all
     """
 
     def __init__(self) -> None:
         self.nodes: frozenset[str] = frozenset()
         self.leaving: str | None = None
+        self.hurry = False
         self._looked = float("-inf")
         #: whether those with servers on such nodes stay as long as they can
         self._stays = False
@@ -46,6 +51,7 @@ class Notices:
         if not self.nodes:
             return []
         going = [str(i) for i, server in enumerate(gang.servers) if self.concern(server.site)]
+        self.hurry = bool(going)
         if going and movable and not self._stays and fit(_asks(gang), self._room(gang)):
             self.leaving = f"the node of server {', '.join(going)} will go"
             return []

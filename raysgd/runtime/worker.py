@@ -24,6 +24,7 @@ from raysgd.learn.models.base import ValueAndGrad
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range
 from raysgd.learn.suspect import suspect
+from raysgd.plan import Plan
 from raysgd.protocol.client import Client, Compute, Done, Instruction
 from raysgd.protocol.compute import LocalSteps, subtree_sums
 from raysgd.protocol.consistency import Consistency
@@ -62,6 +63,22 @@ class Task:
     consistency: Consistency = field(default_factory=Consistency)
     #: how virtual workers walk by themselves, where a round is several steps
     local: LocalSteps | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Task:
+        return cls(
+            plan.learner,
+            plan.encoder,
+            plan.tables.train,
+            plan.tables.validation,
+            plan.sampler,
+            plan.spec.train.virtual_workers,
+            plan.spans(),
+            plan.end_step,
+            plan.spec.scaling.cache_bytes,
+            plan.consistency,
+            plan.local,
+        )
 
 
 def train_loop(

@@ -33,7 +33,7 @@ def befall(sim: Simulation) -> None:
         (faults.hang, hang),
         (faults.join, join),
         (faults.drain, drain),
-        (faults.slow, measure),
+        (faults.slow, slow),
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
     ):
@@ -86,12 +86,16 @@ def drain(sim: Simulation, worker: int) -> None:
     sim.later(30 + sim.random.randrange(100), partial(end, sim, worker))
 
 
-def measure(sim: Simulation) -> None:
-    """The carriers' rates are compared, twice in a row: any of them may be ten times slower than the others."""
+def slow(sim: Simulation) -> None:
+    sim.outcome.faults["slow"] += 1
+    sim.later(0, partial(compare, sim))
+
+
+def compare(sim: Simulation) -> None:
+    """The carriers' rates are measured, twice in a row: any of them may be ten times slower than the others."""
     carriers = {a.worker: len(a.run) for a in sim.membership.assignments}
-    seconds = {w: sim.random.choice([1.0, 1.5, 2.0, 10.0]) for w in carriers}
     if carriers:
-        sim.outcome.faults["slow"] += 1
+        seconds = {w: sim.random.choice([1.0, 1.5, 2.0, 10.0]) for w in carriers}
         step_s = max(n * seconds[w] for w, n in carriers.items())
         for _ in range(2):
             sim.take(Measured(float(sim.now), step_s, seconds))
