@@ -21,7 +21,7 @@ from bench.tables import write_numbers
 
 N_WORKERS, ROWS, N_ROWS, LOG_EVERY = 4, 128, 2**14, 10
 #: seconds for one virtual worker
-PART_S = 0.001
+PART_S = 0.002
 
 
 def main(path: str, steps: int, moves: int) -> None:
@@ -75,7 +75,7 @@ def main(path: str, steps: int, moves: int) -> None:
 
 def moved(asked: Asked) -> tuple[list[list[object]], list[str]]:
     """Rows of the table of S10, and what was said of shares in the last round."""
-    steps, digests = (200 if asked.quick else 1500), set[str]()
+    steps, digests = (200 if asked.quick else 1000), set[str]()
     told: dict[int, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="raysgd-bench-") as directory:
         path = write_numbers(Path(directory), N_ROWS, shard_rows=2048)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import ray
 from ray._private import state as private
+from ray.util import client
 
 from raysgd.runtime.gang import Gang
 
@@ -33,7 +34,9 @@ class Notices:
         self.nodes: frozenset[str] = frozenset()
         self.leaving: str | None = None
         self.hurry = False
-        self._looked = float("-inf")
+        self._looked = (
+            float("inf") if client.ray.is_connected() else float("-inf")
+        )  # who is not in the cluster hears none
         #: whether those with servers on such nodes stay as long as they can
         self._stays = False
         self._told: set[int] = set()
