@@ -38,7 +38,7 @@ def test_the_schedules_are_hostile() -> None:
     assert min(found().kinds.values()) >= 100
     for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "roll-back"):
         assert faults[kind] >= 0.2 * SCHEDULES, kind
-    for kind in ("kill_all", "node_loss"):
+    for kind in ("kill_all", "node_loss", "share moved"):
         assert faults[kind] >= 0.05 * SCHEDULES, kind
     for kind in ("duplicated", "reordered"):
         assert faults[kind] >= 0.05 * found().deliveries, kind
@@ -67,7 +67,7 @@ def test_one_kind_of_fault_alone(fault: str) -> None:
         assert complaints(outcome, "bsp") == []
         counts += outcome.faults
     assert counts[fault] >= 20
-    assert set(counts) <= {fault, "server_kill in a write", "roll-back"}
+    assert set(counts) <= {fault, "server_kill in a write", "roll-back", "share moved"}
 
 
 def test_a_schedule_replays_from_its_seed() -> None:

@@ -97,8 +97,10 @@ def compare(sim: Simulation) -> None:
     if carriers:
         seconds = {w: sim.random.choice([1.0, 1.5, 2.0, 10.0]) for w in carriers}
         step_s = max(n * seconds[w] for w, n in carriers.items())
+        before = sim.membership.assignments
         for _ in range(2):
             sim.take(Measured(float(sim.now), step_s, seconds))
+        sim.outcome.faults["share moved"] += sim.membership.assignments != before
 
 
 @on_a_worker("hang")
