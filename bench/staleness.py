@@ -9,6 +9,8 @@ delays   every step takes an exponentially distributed time
 
 time to loss   the parameters are read from the server's board every 20 ms, and scored on held-out rows afterwards
 waiting        the share of the workers' time in which they neither compute nor push
+
+What moving the slow worker's share buys BSP is measured on Ray: shares.py.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 
 from bench.measure import Asked, Figures, alternate, table
 from bench.processes import Child, listen, say
+from bench.shares import moved
 
 V, N_WORKERS, ROWS, COLUMNS = 8, 4, 16, 20
 #: seconds that a step takes where nothing is slowed
@@ -233,9 +236,11 @@ def run(asked: Asked) -> str:
     """The tables of S10 and of the waiting share."""
     slow, slow_curves = slowed("slow", asked)
     pauses, pause_curves = slowed("pauses", asked)
+    moving, moves = moved(asked)
     shares = waiting(asked)
     told = "" if asked.quick else "\n\n" + draw({"slow": slow_curves, "pauses": pause_curves}, shares)
-    first = table(["scenario", "mode", "seconds to the loss", "against BSP"], [*slow, *pauses])
+    first = table(["scenario", "mode", "seconds to the loss", "against BSP"], [*slow, *pauses, *moving])
+    first += "".join(f"\n\n{line}" for line in moves)
     second = table(["staleness allowed", "waiting share", "greatest seen"], [list(row) for row in shares])
     return f"{first}\n\n{second}{told}"
 

@@ -46,6 +46,7 @@ NAMES = {
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
     "worker.compute": "a worker is about to compute a step, of a dense model",
+    "worker.rows": "it is about to read the rows of one virtual worker of a step",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",
     "server.applied": "a server has written the next version; nobody has been told",

@@ -39,6 +39,7 @@ EVERYTHING = {
     "hang": 0.012,
     "join": 0.012,
     "drain": 0.012,
+    "slow": 0.03,
     "server_kill": 0.025,
     "node_loss": 0.005,
     "checkpoint_every": 6,

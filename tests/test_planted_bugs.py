@@ -343,11 +343,27 @@ def rows_skipped_at_reassignment(patch: Patch) -> None:
 def a_virtual_worker_forgotten_in_the_deal(patch: Patch) -> None:
     deal = membership_module.deal
 
-    def short(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
-        runs = deal(n_virtual, n_workers)
-        return (*runs[:-1], Range(runs[-1].begin, max(runs[-1].begin + 1, n_virtual - (n_workers == 3))))
+    def short(n_virtual: int, n_workers: int, costs: Sequence[float] = ()) -> tuple[Range, ...]:
+        *runs, last = deal(n_virtual, n_workers, costs)
+        return (*runs, Range(last.begin, last.end - (n_workers == 3 and len(last) > 1)))
 
     patch.setattr(membership_module, "deal", short)
+
+
+@bug(slow=0.3)
+def a_moved_share_keeps_its_incarnation(patch: Patch) -> None:
+    """Whoever carried it before may go on pushing."""
+    measured = Membership._measured
+
+    def kept(self: Membership, event: Any) -> Any:
+        before = list(self.incarnations)
+        if not measured(self, event):
+            return []
+        self.incarnations[:] = before
+        self.assignments = tuple(replace(a, incarnations=tuple(before[a.run.slice])) for a in self.assignments)
+        return [membership_module.Assign(self.assignments)]
+
+    patch.setattr(Membership, "_measured", kept)
 
 
 @bug()

@@ -36,9 +36,9 @@ def test_the_schedules_are_hostile() -> None:
     faults = found().faults
     assert set(found().kinds) == set(STEPS)
     assert min(found().kinds.values()) >= 100
-    for kind in ("kill", "hang", "join", "drain", "server_kill", "server_kill in a write", "roll-back"):
+    for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "roll-back"):
         assert faults[kind] >= 0.2 * SCHEDULES, kind
-    for kind in ("kill_all", "node_loss"):
+    for kind in ("kill_all", "node_loss", "share moved"):
         assert faults[kind] >= 0.05 * SCHEDULES, kind
     for kind in ("duplicated", "reordered"):
         assert faults[kind] >= 0.05 * found().deliveries, kind
@@ -52,6 +52,7 @@ ALONE = {
     "hang": 0.1,
     "join": 0.2,
     "drain": 0.1,
+    "slow": 0.3,
     "server_kill": 0.2,
     "node_loss": 0.05,
 }
@@ -66,7 +67,7 @@ def test_one_kind_of_fault_alone(fault: str) -> None:
         assert complaints(outcome, "bsp") == []
         counts += outcome.faults
     assert counts[fault] >= 20
-    assert set(counts) <= {fault, "server_kill in a write", "roll-back"}
+    assert set(counts) <= {fault, "server_kill in a write", "roll-back", "share moved"}
 
 
 def test_a_schedule_replays_from_its_seed() -> None:

@@ -1,6 +1,6 @@
 """Who carries which virtual worker: a state machine over joins and losses, and the incarnations that fence the past.
 
-    joined | left | silent | draining | committed ──Membership.handle──▶ Assign | Start | Kill | Wait | Fail
+    joined | left | silent | draining | measured | committed ──Membership.handle──▶ Assign | Start | Kill | Wait | Fail
 
 Pure: events in, decisions out; the driver carries them out. :class:`Assign` means: raise the incarnations at every
 server shard, await that, read the clocks, and start each worker where those of its run stand. Nothing else is needed to
@@ -9,13 +9,13 @@ go on exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
+from raysgd.protocol.shares import Measured, Pace, runs_of, shared
 from raysgd.protocol.tree import pieces
 
 #: seconds before a replacement that follows the second loss without progress; doubled at each further one
@@ -86,7 +86,7 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """A worker's node will go: it hands over while it can, and no failure is charged."""
+    """A worker's node will go: it hands over while it can, another is asked for at once, no failure is charged."""
 
     worker: int
 
@@ -100,9 +100,10 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """From now on exactly these workers carry all virtual workers."""
+    """From now on exactly these workers carry all virtual workers. why: for people, where shares move"""
 
     assignments: tuple[Assignment, ...]
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +136,20 @@ class Fail:
     why: str
 
 
-Event: TypeAlias = Joined | Left | Silent | Draining | Committed
+Event: TypeAlias = Joined | Left | Silent | Draining | Measured | Committed
 Decision: TypeAlias = Assign | Start | Kill | Wait | Fail
 
 
-def deal(n_virtual: int, n_workers: int) -> tuple[Range, ...]:
+def deal(n_virtual: int, n_workers: int, costs: Sequence[float] = ()) -> tuple[Range, ...]:
     """``n_virtual`` virtual workers as ``n_workers`` contiguous runs that differ by at most one.
+
+    costs: of one virtual worker for each; where they differ, the last is to be done soonest, and a run may be empty
 
     >>> deal(8, 3)
     (Range(begin=0, end=2), Range(begin=2, end=5), Range(begin=5, end=8))
     """
     assert 1 <= n_workers <= n_virtual, (n_workers, n_virtual)
-    cuts = [i * n_virtual // n_workers for i in range(n_workers + 1)]
-    return tuple(Range(a, b) for a, b in pairwise(cuts))
+    return tuple(runs_of(shared(n_virtual, costs or [1.0] * n_workers)))
 
 
 def backoff(failures: int) -> float:
@@ -176,6 +178,8 @@ class Membership:
         self.assignments: tuple[Assignment, ...] = ()
         #: losses since the last progress
         self.failures = 0
+        #: who is far slower than the others
+        self.pace = Pace()
         self._draining: set[int] = set()
         self._killed: dict[int, str] = {}
         self._begun = False
@@ -190,6 +194,8 @@ class Membership:
             return self._committed(event.step)
         if isinstance(event, Joined):
             return self._joined(event)
+        if isinstance(event, Measured):
+            return self._measured(event)
         if event.worker not in self.living:
             return []
         if isinstance(event, Left):
@@ -230,10 +236,12 @@ class Membership:
 
     def _left(self, event: Left) -> list[Decision]:
         del self.living[event.worker]
-        charged = event.charged and event.worker not in self._draining
+        self.pace.forget(event.worker)
         why = self._killed.pop(event.worker, event.why)
-        self._draining.discard(event.worker)
-        if charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):
+        if event.worker in self._draining:  # announced: another was asked for then
+            self._draining.remove(event.worker)
+            return self._deal()
+        if event.charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):
             return failed
         return [Start(1, backoff(self.failures)), *self._deal()]
 
@@ -254,26 +262,43 @@ class Membership:
         if worker in self._draining:
             return []
         self._draining.add(worker)
-        return self._deal()
+        return [Start(1), *self._deal()]
+
+    def _measured(self, event: Measured) -> list[Decision]:
+        now = {a.worker: len(a.run) for a in self.assignments}
+        if not now or event.seconds.keys() != now.keys() or min(event.seconds.values()) <= 0:
+            return []  # of others than those who carry now
+        seems = self.pace.seems(event)
+        then = {worker: len(run) for worker, run in self._runs(seems)}
+        return self._deal(why=self.pace.describe(then)) if self.pace.moves(event, seems, now, then) else []
 
     def _committed(self, step: int) -> list[Decision]:
         if step > self._step:
             self.failures, self._step = 0, step
         return []
 
-    def _deal(self, anew: bool = False) -> list[Decision]:
-        """All virtual workers to those who stay, neighbours by node; to those who go where nobody stays.
+    def _deal(self, anew: bool = False, why: str = "") -> list[Decision]:
+        """All virtual workers to those who stay; to those who go where nobody stays. To nobody who is being killed.
 
-        To nobody who is being killed. Where the same workers would carry the same, nothing changes unless ``anew``.
+        Where the same workers would carry the same, nothing changes unless ``anew``.
         """
         if not self._begun:
             return []
+        runs = self._runs(self.pace.slow)
+        if runs == [(a.worker, a.run) for a in self.assignments] and not anew:
+            return []
+        self.assignments = tuple(self.assign(worker, run) for worker, run in runs)
+        return [Assign(self.assignments, why) if runs else Wait(len(self.living))]
+
+    def _runs(self, slow: Mapping[int, float]) -> list[tuple[int, Range]]:
+        """Who would carry what, neighbours by node, if those were slow: less, or nothing at all."""
         able = [w for w in self.living if w not in self._killed]
         staying = [w for w in able if w not in self._draining] or able
         nodes = list(dict.fromkeys(self.living[w] for w in staying))
-        carriers = sorted(staying, key=lambda w: nodes.index(self.living[w]))[: self.most]
-        if carriers == [a.worker for a in self.assignments] and not anew:
+        staying.sort(key=lambda w: nodes.index(self.living[w]))
+        chosen = sorted(staying, key=lambda w: slow.get(w, 1.0))[: self.most]
+        carriers = [w for w in staying if w in chosen]
+        if not carriers:
             return []
-        runs = deal(self.n_virtual, len(carriers)) if carriers else ()
-        self.assignments = tuple(self.assign(worker, run) for worker, run in zip(carriers, runs, strict=True))
-        return [Assign(self.assignments) if carriers else Wait(len(self.living))]
+        runs = deal(self.n_virtual, len(carriers), [slow.get(w, 1.0) for w in carriers])
+        return [(w, run) for w, run in zip(carriers, runs, strict=True) if len(run)]

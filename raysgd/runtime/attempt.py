@@ -30,7 +30,8 @@ from raysgd.protocol.generation import Generation
 from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
 from raysgd.runtime.calls import call
-from raysgd.runtime.crew import Crew
+from raysgd.runtime.crew import Crew, RollBackError
+from raysgd.runtime.drain import HURRY_S
 from raysgd.runtime.gang import Gang
 from raysgd.runtime.report import LoopReport
 from raysgd.storage import Storage
@@ -245,9 +246,13 @@ class Attempt:
     def _tick(self) -> None:
         self._read_commits()
         seconds = self.plan.spec.run.checkpoint_seconds
+        if self.crew.notices.hurry:
+            seconds = min(HURRY_S, seconds or HURRY_S)
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
         new = self.crew.running and self.curve.step > self._saved_step
         if due and new and self.plan.consistency.exact and self._saving_is_over():
+            raise _CheckpointDueError
+        if self.crew.running and self.crew.notices.leaving:
             raise _CheckpointDueError
 
     def _saving_is_over(self) -> bool:
@@ -260,8 +265,19 @@ class Attempt:
         self.crew.surviving(partial(self._read_commits, step))
         if step > 0 and step == self.curve.step:
             self.save(step)
+        if self.crew.notices.leaving:
+            self._leave(step)
         self.crew.resume()
         self._saved_at = time.monotonic()
+
+    def _leave(self, step: int) -> None:
+        """Have all begin anew elsewhere, from where they stand; not where that could not be saved."""
+        why = self.crew.notices.leaving
+        self.settle()
+        if step == 0 or step in checkpoints.steps(self.storage):
+            raise RollBackError(f"{why}: no step is lost", charged=False)
+        self.report.say(f"{why}; without a checkpoint its servers stay as long as they can")
+        self.crew.notices.stay()
 
     def _diverged(self, version: int) -> DivergedError:
         """What to say of the round that could not be applied."""

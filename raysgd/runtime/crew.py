@@ -24,6 +24,7 @@ from raysgd.protocol.ledger import Parts
 from raysgd.protocol.membership import (
     Assign,
     Committed,
+    Draining,
     Event,
     Fail,
     Joined,
@@ -36,8 +37,10 @@ from raysgd.protocol.membership import (
     Wait,
 )
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
+from raysgd.runtime.drain import Notices
 from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
 from raysgd.runtime.place import by_node
+from raysgd.runtime.rates import Rates
 from raysgd.runtime.replicas import Replicas
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.transport import ServerLostError
@@ -56,7 +59,11 @@ NOBODY_S = 120.0
 
 
 class RollBackError(RunError):
-    """The state of a server is lost: the run goes back to its newest checkpoint."""
+    """The state of a server is lost: the run goes back to its newest checkpoint. charged: to the budget of losses"""
+
+    def __init__(self, message: str, charged: bool = True) -> None:
+        self.charged = charged
+        super().__init__(message)
 
 
 class _Changed(Exception):  # noqa: N818 - nothing is wrong: others carry the virtual workers from here on
@@ -74,7 +81,7 @@ class Crew:
         self.gang, self.plan, self.step, self.say = gang, plan, step, say
         self.n_virtual = plan.spec.train.virtual_workers
         self.membership = Membership(self.n_virtual, scaling.least_workers, scaling.most_workers, failure.max_failures)
-        self.task = _task(plan)
+        self.task = Task.of(plan)
         #: by worker: what it carries
         self.shares: dict[int, Share] = {}
         #: whether every carrier has pulled the version at which the last run ended
@@ -90,6 +97,8 @@ class Crew:
         self._charged = False
         #: whether others are to carry the virtual workers
         self._due = False
+        self._rates = Rates()
+        self.notices = Notices()
         self._began = time.monotonic()
         #: called with the version that all servers hold, when everybody has stopped and before others carry on
         self.settled: Callable[[int], None] = lambda _version: None
@@ -189,6 +198,7 @@ class Crew:
     def _watch(self) -> None:
         """Look who is alive and who has come; raises where that changes who carries what."""
         self._pulse()
+        self._heed()
         for number in self._welcome():
             self.say(f"worker {number} joined at step {self.step():,}: {len(self.gang.workers)} workers")
         self.replicas.ask()
@@ -196,8 +206,18 @@ class Crew:
         if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
             self.gang.ask_spares()
             self.gang.look_for_spares()
+        told = {number: worker.pulse.told for number, worker in self.gang.workers.items()}
+        measured = self._rates.take(self.membership.assignments, told)
+        if measured is not None and self.plan.consistency.exact:  # elsewhere no step waits for the slowest
+            self._decide(measured)
         if self._due:
             raise _Changed
+
+    def _heed(self) -> None:
+        """Have the workers of nodes that are announced to go hand over."""
+        for number in self.notices.look(self.gang, movable=self.plan.consistency.exact):
+            self.say(f"the node of worker {number} will go: it hands over at step {self.step():,}")
+            self._decide(Draining(number))
 
     def _welcome(self) -> list[int]:
         """Tell the membership of the workers that have come; who they are."""
@@ -224,6 +244,8 @@ class Crew:
         for decision in self.membership.handle(event):
             if isinstance(decision, Assign | Wait):
                 self._due = True
+                if isinstance(decision, Assign) and decision.why:
+                    self.say(f"shares move at step {self.step():,}: {decision.why}")
             elif isinstance(decision, Start):
                 self.gang.ask_workers(decision.count, decision.after_s)
             elif isinstance(decision, Kill):
@@ -235,9 +257,15 @@ class Crew:
 
     def _left(self, number: int, why: str) -> None:
         """A worker is gone. Several that go at once, such as with their node, are one loss."""
+        charged = self._charges(self.gang.workers[number].site)
         self.gang.lost(self.gang.workers[number])
-        charged, self._charged = not self._charged, True
         self._decide(Left(number, why, charged))
+
+    def _charges(self, site: str | None) -> bool:
+        """Whether a loss there counts: the first of several at once, unless it was announced."""
+        charged = not self._charged and not self.notices.concern(site)
+        self._charged = self._charged or charged
+        return charged
 
     def _lost(self, error: RunError) -> None:
         """Somebody is dead: make it true, and decide what follows. Nothing, where that was done already."""
@@ -270,7 +298,8 @@ class Crew:
             raise error
 
     def _server_lost(self, index: int, error: RunError) -> None:
-        charged, self._charged = not self._charged, True
+        announced = self.notices.concern(site := self.gang.servers[index].site)
+        charged = self._charges(site)
         for decision in self.membership.charge(f"server {index} was lost: {first_line(error)}") if charged else []:
             assert isinstance(decision, Fail)
             raise RunError(decision.why)
@@ -285,7 +314,7 @@ class Crew:
             how = f"({first_line(error)}); its replica on another node takes its place"
             self.say(f"server {index} is lost at step {self.step():,} {how}")
             return
-        raise RollBackError(f"server {index} was lost with its state: {first_line(error)}")
+        raise RollBackError(f"server {index} was lost with its state: {first_line(error)}", charged=not announced)
 
     # -- dealing anew
 
@@ -398,19 +427,3 @@ OTHER_BYTES = (
     "its processor computes other bytes than those of the run (another family, another BLAS, or other settings of it): "
     "use machines of one type, or set OPENBLAS_CORETYPE to the same value on all of them"
 )
-
-
-def _task(plan: Plan) -> Task:
-    return Task(
-        plan.learner,
-        plan.encoder,
-        plan.tables.train,
-        plan.tables.validation,
-        plan.sampler,
-        plan.spec.train.virtual_workers,
-        plan.spans(),
-        plan.end_step,
-        plan.spec.scaling.cache_bytes,
-        plan.consistency,
-        plan.local,
-    )

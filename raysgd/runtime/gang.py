@@ -294,7 +294,15 @@ class Gang:
                 del self.workers[number]
                 if number in self._bundle_of:
                     self._free.append(self._bundle_of.pop(number))
+                    self._use_free()
         self.bury(member)
+
+    def _use_free(self) -> None:
+        """Have whoever was asked for elsewhere, and has not come, asked for where CPUs are reserved: on a new node Ray
+        may reserve them anew before it places anybody."""
+        for number in [n for n in self.asked if n not in self._bundle_of][: len(self._free)]:
+            ray.kill(self.asked.pop(number).actor)
+            self.ask_worker()
 
     def bury(self, member: Member) -> None:
         """Make a death true before it is believed: nothing shares memory with the process from here on.

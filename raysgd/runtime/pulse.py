@@ -25,11 +25,12 @@ LONGEST_LOOK_S = 0.5
 class Pulse:
     """The signs of life of one actor.
 
-    silent_s: seconds without an answer, as far as somebody listened
+    silent_s: seconds without an answer, as far as somebody listened;  told: the newest answer
     """
 
     def __init__(self) -> None:
         self.silent_s = 0.0
+        self.told: Any = None
         self._beat: Any = None
         self._seen = time.monotonic()
         #: CPU time when silence began to be suspicious
@@ -45,7 +46,7 @@ class Pulse:
         waited, self._seen = min(now - self._seen, LONGEST_LOOK_S), now
         if self._beat is not None and ray.wait([self._beat], timeout=0)[0]:
             answered, self._beat = self._beat, None
-            ray.get(answered)
+            self.told = ray.get(answered)
             self.silent_s, self._noted = 0.0, False
         elif self._beat is not None:
             self.silent_s += waited

@@ -18,6 +18,7 @@ from raysgd.protocol.messages import Gone, Halted, NotYet
 from raysgd.protocol.sparse import SparsePull, SparsePulled, SparseRequest
 from raysgd.protocol.sparse_client import SparseClient, SparseCompute, SparseInstruction, Touch
 from raysgd.protocol.sparse_compute import Touched, sparse_sums, touch
+from raysgd.runtime.rates import Meter
 from raysgd.runtime.report import LoopReport
 
 #: one for each slice of rows that is scored, so that late answers to an earlier one are told apart
@@ -25,13 +26,19 @@ _TOKENS = count(1)
 
 
 def sparse_loop(
-    client: SparseClient, transport: Any, learner: BoundHashed, batch: Callable[[int, int], Batch | None]
+    client: SparseClient,
+    transport: Any,
+    learner: BoundHashed,
+    batch: Callable[[int, int], Batch | None],
+    meter: Meter | None = None,
 ) -> LoopReport:
     """Carry out the client's instructions until it is done.
 
     Pushes go out before the next step's coordinates are looked for, so that the servers work meanwhile.
     """
     rows, moved, compute_s, wait_s = 0, 0, 0.0, 0.0
+    #: compute and wait when the step before ended
+    before = 0.0, 0.0
     touched: Touched | None = None
     requests, local = _sorted(client.begin())
     while client.done is None:
@@ -46,7 +53,7 @@ def sparse_loop(
             wait_s += time.perf_counter() - began
         if local is None or requests or client.done is not None:
             continue
-        began = time.perf_counter()
+        began, ends = time.perf_counter(), not isinstance(local, Touch)
         if isinstance(local, Touch):
             touched = touch(learner, local.step, local.nodes, batch)
             requests, local = _sorted(client.touched(local.step, touched.ids))
@@ -58,6 +65,9 @@ def sparse_loop(
             moved += touched.ids.nbytes + local.values.nbytes + sum(s.vector.nbytes for s in sums if s.vector)
             requests, local = _sorted(client.computed(local.step, sums))
         compute_s += time.perf_counter() - began
+        if ends and meter is not None:
+            meter.step(compute_s - before[0], compute_s + wait_s - sum(before))
+            before = compute_s, wait_s
     return LoopReport(client.done, rows, compute_s, wait_s, moved)
 
 

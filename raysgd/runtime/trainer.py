@@ -215,7 +215,8 @@ class Trainer:
                     if isinstance(lost, DivergedError):
                         forget_diverging(self._storage)
                     again = beginning(self._storage, self.spec, tables, fresh=False)
-                    losses = 1 if again.step > begin.step else losses + 1
+                    charge = int(getattr(lost, "charged", True))  # a node that goes as announced is no loss
+                    losses = charge if again.step > begin.step else losses + charge
                     begin, plan = self._back(again, begin, losses, lost)
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", 130)

@@ -24,6 +24,7 @@ from raysgd.learn.models.base import ValueAndGrad
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range
 from raysgd.learn.suspect import suspect
+from raysgd.plan import Plan
 from raysgd.protocol.client import Client, Compute, Done, Instruction
 from raysgd.protocol.compute import LocalSteps, subtree_sums
 from raysgd.protocol.consistency import Consistency
@@ -35,6 +36,7 @@ from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.calls import control
 from raysgd.runtime.place import here
 from raysgd.runtime.process import Process, die_with_parent
+from raysgd.runtime.rates import Meter, Reading
 from raysgd.runtime.relay import NodeRelay, Traffic, actor_calls
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.shared import SharedMemory, SlotsAddress
@@ -62,6 +64,22 @@ class Task:
     #: how virtual workers walk by themselves, where a round is several steps
     local: LocalSteps | None = None
 
+    @classmethod
+    def of(cls, plan: Plan) -> Task:
+        return cls(
+            plan.learner,
+            plan.encoder,
+            plan.tables.train,
+            plan.tables.validation,
+            plan.sampler,
+            plan.spec.train.virtual_workers,
+            plan.spans(),
+            plan.end_step,
+            plan.spec.scaling.cache_bytes,
+            plan.consistency,
+            plan.local,
+        )
+
 
 def train_loop(
     client: Client,
@@ -70,6 +88,7 @@ def train_loop(
     batch: Callable[[int, int], Batch | None],
     local: LocalSteps | None = None,
     ahead: Callable[[int], None] | None = None,
+    meter: Meter | None = None,
 ) -> LoopReport:
     """Carry out the client's instructions until it is done.
 
@@ -78,7 +97,7 @@ def train_loop(
 
     ahead: draws the rows of a step, which is done while the servers apply the one before
     """
-    rows, compute_s, wait_s = 0, 0.0, 0.0
+    rows, compute_s, wait_s, before_s = 0, 0.0, 0.0, 0.0
     scratch: list[Float32] = []
     requests, compute = _sorted(client.begin())
     while client.done is None:
@@ -106,7 +125,11 @@ def train_loop(
             if failpoints.armed:
                 failpoints.reach("worker.computed", compute.step)
             requests, compute = _sorted(client.computed(compute.step, sums))
-            compute_s += time.perf_counter() - began
+            computed_s = time.perf_counter() - began
+            compute_s += computed_s
+            if meter is not None:
+                meter.step(computed_s, computed_s + wait_s - before_s)
+                before_s = wait_s
     return LoopReport(client.done, rows, compute_s, wait_s)
 
 
@@ -120,6 +143,18 @@ def _sorted(instructions: Sequence[Instruction]) -> tuple[list[Request], Compute
         elif not isinstance(instruction, Done):
             requests.append(instruction)
     return requests, compute
+
+
+def _watched(batch: Callable[[int, int], Batch | None]) -> Callable[[int, int], Batch | None]:
+    """The same with a failpoint before each virtual worker's rows; as it is, where none is armed."""
+    if not failpoints.armed:
+        return batch
+
+    def reached(step: int, v: int) -> Batch | None:
+        failpoints.reach("worker.rows", step)
+        return batch(step, v)
+
+    return reached
 
 
 class Worker:
@@ -142,6 +177,7 @@ class Worker:
         #: calls of ``run`` up to this number are to end
         self.stop_at = -1
         self.call = 0
+        self.meter = Meter(0)
 
     @control
     def stop(self, call: int) -> None:
@@ -149,8 +185,9 @@ class Worker:
         self.stop_at = max(self.stop_at, call)
 
     @control
-    def beat(self) -> None:
-        """A sign of life, also while ``run`` is running."""
+    def beat(self) -> Reading:
+        """A sign of life, also while ``run`` is running: what was done so far."""
+        return self.meter.reading
 
     @control
     def process(self) -> Process:
@@ -232,7 +269,8 @@ class Worker:
         )
         loader = self._loader(share.assignment.run)
         ahead = loader.draw if task.local is None else None
-        report = train_loop(client, self._transport(share), task.learner, loader.batch, task.local, ahead)
+        batch = _watched(loader.batch)
+        report = train_loop(client, self._transport(share), task.learner, batch, task.local, ahead, self.meter)
         if self.relay is not None:
             self.relay.check()
         if report.done.reason in ("reached", "diverged"):
@@ -241,7 +279,8 @@ class Worker:
 
     def _run_sparse(self, task: Task, learner: BoundHashed, share: Share, until: int) -> LoopReport:
         client = SparseClient(share.assignment, task.n_virtual, task.spans, start=share.start, until=until)
-        return sparse_loop(client, self._transport(share), learner, self._loader(share.assignment.run).batch)
+        batch = _watched(self._loader(share.assignment.run).batch)
+        return sparse_loop(client, self._transport(share), learner, batch, self.meter)
 
     def score(self, version: int, shards: Sequence[int]) -> tuple[list[BlockScore], int]:
         """Scores of validation shards at the version where the last ``run`` ended, and how many categories were
@@ -302,6 +341,7 @@ class Worker:
         transport = self._shared(share) or ActorCalls(self.servers)
         transport.stopped = self._stopped
         self.transport = (share.assignment, transport)
+        self.meter = Meter(share.assignment.incarnations[0])
         return transport
 
     def _shared(self, share: Share) -> Any:

@@ -71,6 +71,8 @@ class Faults:
     join: float = 0.0
     #: a worker is announced to go, and goes
     drain: float = 0.0
+    #: the workers' rates are compared; some are slow, and their shares move
+    slow: float = 0.0
     #: a server's process dies, half of them while they write; its memory outlives it
     server_kill: float = 0.0
     #: a server dies with its memory

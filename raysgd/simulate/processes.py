@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raysgd.protocol.membership import HANGS_IN_ONE_STEP, Draining, Left, Silent
+from raysgd.protocol.shares import Measured
 from raysgd.simulate import replicas
 from raysgd.simulate.servers import strike
 
@@ -33,6 +34,7 @@ def befall(sim: Simulation) -> None:
         (faults.hang, hang),
         (faults.join, join),
         (faults.drain, drain),
+        (faults.slow, slow),
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
         (faults.replica_kill, replicas.strike),
@@ -84,6 +86,23 @@ def drain(sim: Simulation, worker: int) -> None:
     """Announced, and gone after a while."""
     sim.later(0, partial(sim.take, Draining(worker)))
     sim.later(30 + sim.random.randrange(100), partial(end, sim, worker))
+
+
+def slow(sim: Simulation) -> None:
+    sim.outcome.faults["slow"] += 1
+    sim.later(0, partial(compare, sim))
+
+
+def compare(sim: Simulation) -> None:
+    """The carriers' rates are measured, twice in a row: any of them may be ten times slower than the others."""
+    carriers = {a.worker: len(a.run) for a in sim.membership.assignments}
+    if carriers:
+        seconds = {w: sim.random.choice([1.0, 1.5, 2.0, 10.0]) for w in carriers}
+        step_s = max(n * seconds[w] for w, n in carriers.items())
+        before = sim.membership.assignments
+        for _ in range(2):
+            sim.take(Measured(float(sim.now), step_s, seconds))
+        sim.outcome.faults["share moved"] += sim.membership.assignments != before
 
 
 @on_a_worker("hang")
