@@ -33,6 +33,7 @@ from raysgd.runtime.calls import call
 from raysgd.runtime.crew import Crew, RollBackError
 from raysgd.runtime.drain import HURRY_S
 from raysgd.runtime.gang import Gang
+from raysgd.runtime.meters import Carrier, Meters, Standing
 from raysgd.runtime.report import LoopReport
 from raysgd.storage import Storage
 
@@ -66,6 +67,8 @@ class Attempt:
     _saving: Future[None] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_step: int = 0
+    #: of the commits that were read last
+    _staleness: int = 0
 
     def begin(self, generation: Generation | None) -> None:
         """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
@@ -78,6 +81,10 @@ class Attempt:
         crew = Crew(self.gang, self.plan, lambda: self.curve.step, self.report.say)
         crew.settled = self._settled
         return crew
+
+    @cached_property
+    def meters(self) -> Meters:
+        return Meters(str(self.plan.spec.run.name))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -245,6 +252,7 @@ class Attempt:
 
     def _tick(self) -> None:
         self._read_commits()
+        self.meters.tell(self._standing())
         seconds = self.plan.spec.run.checkpoint_seconds
         if self.crew.notices.hurry:
             seconds = min(HURRY_S, seconds or HURRY_S)
@@ -303,6 +311,7 @@ class Attempt:
         reading = [s.commits.remote(rounds.at(step)) for s, step in zip(servers, since, strict=True)]
         by_server = [self._in_steps(found) for found in self.gang.call(reading, "reading the commits")]
         first = by_server[0]
+        self._staleness = max((c.staleness for c in first), default=0)
         self.curve.extend(first[:-1] if below is None else [c for c in first if c.step < below])
         for shard, commits in enumerate(by_server):
             counted = [c for c in commits if c.step < self.curve.step]
@@ -311,6 +320,33 @@ class Attempt:
             self.crew.committed(self.curve.step)
             if self.curve.recent is not None:
                 self.report.train(self.curve.step, **self.curve.recent)
+
+    def _standing(self) -> Standing:
+        """How the run stands, for its metrics."""
+        plan, gang, crew = self.plan, self.gang, self.crew
+        told = {n: gang.workers[n].pulse.told for n in crew.shares if n in gang.workers}
+        carriers = {
+            n: Carrier(len(share.assignment.run), len(share.nodes), told[n])
+            for n, share in crew.shares.items()
+            if n in told
+        }
+        return Standing(
+            step=self.curve.step,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            attempt=self.attempt,
+            recent=self.curve.recent,
+            valid_loss=next((s["loss"] for _, s in sorted(self.scores.items(), reverse=True)), None),
+            staleness=self._staleness,
+            workers=len(gang.workers),
+            awaited=len(gang.asked),
+            checkpoint_step=self._saved_step,
+            checkpoint_age_s=time.monotonic() - self._saved_at,
+            push_bytes=0 if plan.sparse else 4 * plan.learner.layout.n_params,
+            carriers=carriers,
+            server_steps=tuple(self.ledger.end(i) for i in range(len(gang.servers))),
+            server_replaced=tuple(gang.replaced),
+        )
 
     def _in_steps(self, commits: list[Commit]) -> list[Commit]:
         """Commits of rounds as commits of steps."""
