@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 Facts = Mapping[str, Any]
@@ -99,6 +100,48 @@ def audited(facts: Facts) -> str:
             f"{facts['replaced']}; gone back to a checkpoint: {facts['rolled_back']} times",
         ]
     )
+
+
+def standing(facts: Facts) -> str:
+    """What came out of ``status``."""
+    rows = {name.replace("_", " "): given for name, given in facts.items() if name not in ("silent_s", "seconds_left")}
+    for name, label in (("seconds_left", "left"), ("silent_s", "last news")):
+        if facts[name] is not None:
+            rows[label] = duration(facts[name]) + (" ago" if name == "silent_s" else "")
+    return table(rows)
+
+
+def watched(facts: Facts) -> str:
+    """One line of ``watch``.
+
+    >>> watched({"state": "running", "step": 40, "total_steps": 80, "train_loss": 0.5, "rows_per_s": 2e6,
+    ...     "valid_loss": None, "seconds_left": 62.0, "silent_s": 1.0, "message": None, "silent": False})
+    'running · 40/80 steps · loss 0.5 · 2,000,000 rows/s · 0:01:02 left'
+    """
+    total = "" if facts["total_steps"] is None else f"/{facts['total_steps']:,}"
+    words = [facts["state"], f"{facts['step']:,}{total} steps"]
+    for name, label in (("train_loss", "loss"), ("valid_loss", "validation loss")):
+        if facts[name] is not None:
+            words.append(f"{label} {value(facts[name])}")
+    if facts["state"] == "running":
+        if facts["rows_per_s"] is not None:
+            words.append(f"{value(float(facts['rows_per_s']))} rows/s")
+        if facts["seconds_left"] is not None:
+            words.append(f"{duration(facts['seconds_left'])} left")
+        if facts["silent"]:
+            words.append(f"no news for {duration(facts['silent_s'])}: the driver may be dead; its command continues it")
+    if facts["message"]:
+        words.append(facts["message"])
+    return " · ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(3723.4)
+    '1:02:03'
+    """
+    return str(timedelta(seconds=int(seconds)))
 
 
 def inspected(facts: Facts) -> str:
