@@ -36,6 +36,7 @@ NAMES = {
     "storage.replace": "it is synced, and does not have its name yet",
     "storage.rename": "rename_dir, locally: the directory still has its old name",
     "storage.sync": "a file or a directory got another name or went, which a power cut may still undo",
+    "storage.append": "append, locally: the second half of the last line is not written yet",
     "storage.delete": "delete_dir, locally: the directory is still there",
     "storage.empty": "it is out of sight, its files are still there",
     "storage.put": "write_atomic elsewhere: nothing is sent yet",

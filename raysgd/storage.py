@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,17 @@ class Storage:
             stream.write(data)
             failpoints.reach("storage.close")
 
-    def append(self, name: str, text: str) -> None:
-        """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file."""
+    def append(self, name: str, text: str, sync: bool = False) -> None:
+        """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file.
+
+        Local: whoever is killed meanwhile leaves a beginning of it; a full disk leaves the file as it was.
+        sync: whether it is to survive a power cut
+        """
         if not self.is_local:
             old = self.read(name) if self.exists(name) else b""
             self.write_atomic(name, old + text.encode())
             return
-        path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(text.encode())
+        _append_local(Path(self.path(name)), text.encode(), sync)
 
     def exists(self, name: str = "") -> bool:
         """Whether there is a file or a directory of that name."""
@@ -249,6 +251,30 @@ def _replace_local(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def _append_local(path: Path, data: bytes, sync: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        size, middle = file.tell(), (data.rfind(b"\n", 0, -1) + len(data)) // 2
+        try:
+            _write_all(file, data[:middle])
+            failpoints.reach("storage.append")
+            _write_all(file, data[middle:])
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+    if sync and new:
+        _sync_directory(path.parent)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """A full disk can take a part of what is written, and say so only at the next write."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _delete_leftovers(path: Path) -> None:

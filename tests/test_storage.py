@@ -46,6 +46,19 @@ def test_text_is_appended(storage: Storage) -> None:
     assert storage.read("log/lines").decode() == "öne\ntwo\n"
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    storage.append("lines", "one\ntwo\n", sync=True)
+    failpoints.arm("storage.append:enospc")
+    try:
+        with pytest.raises(OSError, match="failpoint"):
+            storage.append("lines", "three\nfour\n")
+    finally:
+        failpoints.arm("")
+    storage.append("lines", "five\n")
+    assert storage.read("lines") == b"one\ntwo\nfive\n"
+
+
 def test_listings_are_sorted_and_empty_where_nothing_is(storage: Storage) -> None:
     assert (storage.list_dirs(), storage.list_files(), storage.list_files("nowhere")) == ([], [], [])
     for name in ("b.txt", "a.txt", "z/1", "y/2"):
