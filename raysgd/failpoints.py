@@ -47,6 +47,7 @@ NAMES = {
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
     "worker.compute": "a worker is about to compute a step, of a dense model",
+    "worker.virtual": "it is about to compute the gradient of one of its virtual workers",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",
     "server.applied": "a server has written the next version; nobody has been told",
