@@ -68,7 +68,7 @@ def train(path: str, directory: str, workers: Any, epochs: int, at_half: Callabl
         batch_size=BATCH,
         epochs=epochs,
         virtual_workers=N_VIRTUAL,
-        scaling_config=raysgd.ScalingConfig(num_workers=workers),
+        scaling_config=raysgd.ScalingConfig(num_workers=workers, placement_timeout_s=120.0),
         run_config=raysgd.RunConfig(name="bench", storage_path=directory, checkpoint_every=epochs * STEPS_PER_EPOCH),
         report=Silent(),
     )
@@ -112,6 +112,7 @@ def seconds(path: str, name: str, sleep_s: float, epochs: int, digests: set[str]
     taken, digest = child.hear()
     child.end()
     digests.add(digest)
+    print(f"{name}: {taken:.1f} s", file=sys.stderr, flush=True)
     return float(taken)
 
 
