@@ -132,6 +132,16 @@ def test_a_model_that_does_not_fit_into_memory(refused: Refused, dry: list[str])
     assert "with 1 servers and 1 workers; available: " in sentence
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_address_in_the_environment_that_is_none(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    (sentence,) = refused(*dry)
+    assert sentence.startswith("the address (--address or RAY_ADDRESS) must be HOST:PORT, ray://HOST:PORT, ")
+    assert sentence.endswith("is for `ray job submit`")
+
+
 def test_a_dry_run_says_how_much_memory_it_takes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
     assert cli.main(["train", "run.toml", "--dry-run", "--json", *sets(*NUMBERS_ONLY)]) == 0
     assert json.loads(capsys.readouterr().out)["memory"].startswith("3 parameters need 0.0 kB a server, ")

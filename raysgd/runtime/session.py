@@ -53,8 +53,15 @@ class Session:
 
 
 def will_start(address: str | None) -> bool:
-    """Whether :func:`session` will start a cluster of its own."""
-    return not ray.is_initialized() and (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    """Whether :func:`session` will start a cluster of its own. Raises InputError where the address is none."""
+    return not ray.is_initialized() and _address(address) == "local"
+
+
+def _address(given: str | None) -> str:
+    address = given or os.environ.get("RAY_ADDRESS") or "local"
+    if problems := address_problems("the address (--address or RAY_ADDRESS)", address):
+        raise InputError(problems)
+    return address
 
 
 @contextmanager
@@ -69,10 +76,8 @@ def session(cpus: float, address: str | None = None) -> Iterator[Session]:
         _refuse_too_small(cpus)
         yield Session(started=False)
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if address is not None and (wrong := address_problems("the address (--address or RAY_ADDRESS)", address)):
-        raise InputError(wrong)
-    if address is not None and address != "local":
+    address = _address(address)
+    if address != "local":
         _connect(address)
         try:
             _refuse_too_small(cpus)

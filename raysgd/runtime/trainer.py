@@ -207,7 +207,8 @@ class Trainer:
 
     def _open(self) -> tuple[Tables, Beginning]:
         tables = open_tables(self.spec)
-        if (needed := self._needed(tables)) is not None and will_start(self.spec.run.address):
+        alone = will_start(self.spec.run.address)
+        if (needed := self._needed(tables)) is not None and alone:
             needed.refuse(available_here())
         return tables, beginning(self._storage, self.spec, tables, self.fresh)
 

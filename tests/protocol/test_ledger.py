@@ -30,6 +30,7 @@ from raysgd.protocol.ledger import (
     rollback,
     surviving,
 )
+from raysgd.protocol.ledger_lines import NOTHING, parse, to_text
 from raysgd.protocol.membership import deal
 
 V = 8
@@ -298,3 +299,29 @@ def test_an_attempt_that_begins_in_the_middle() -> None:
     assert check(lines, V, sampler(), n_shards=2, begin=8, end=STEPS) == []
     assert check(lines, V, sampler(), n_shards=2, end=STEPS)[0] == "I1: shard 0 did not commit steps 0 to 7"
     assert check(lines, V, begin=8) == []
+
+
+MUTATIONS: dict[str, Callable[[Record], Record]] = {
+    "begins earlier": lambda r: replace(r, begin=r.begin - 1),
+    "begins later": lambda r: replace(r, begin=r.begin + 1),
+    "ends earlier": lambda r: replace(r, end=r.end - 1),
+    "ends later": lambda r: replace(r, end=r.end + 1),
+    "a row more": lambda r: replace(r, rows=r.rows + 1),
+    "a row less": lambda r: replace(r, rows=r.rows - 1),
+    "by the other shard": lambda r: replace(r, shard=1 - r.shard),
+    "of another shard": lambda r: replace(r, shard=N_SHARDS),
+    "without its last node": lambda r: replace(r, parts=r.parts[:-1]),
+    "with its first node twice": lambda r: replace(r, parts=(r.parts[0], *r.parts)),
+    "with an incarnation more": lambda r: replace(r, parts=((r.parts[0][0], (*r.parts[0][1], 1)), *r.parts[1:])),
+}
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(MUTATIONS)), st.data())
+def test_any_change_of_any_record_that_counts_is_found(seed: int, name: str, data: st.DataObject) -> None:
+    """Also one that whoever wrote it has numbered and chained well: it comes back from its lines, and is found."""
+    lines = history(seed)
+    victim = data.draw(st.sampled_from([r for r in lines if isinstance(r, Record) and _survives(r, lines)]))
+    planted = [MUTATIONS[name](line) if line is victim else line for line in lines]
+    text, _ = to_text([line for line in planted if not (isinstance(line, Record) and line.begin < 0)], 0, NOTHING)
+    assert found(parse(text.encode()).lines) != []
