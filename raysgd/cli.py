@@ -115,14 +115,23 @@ def _finite(value: Any) -> Any:
 
 def _workers(text: str) -> int | tuple[int, int]:
     """``4``; ``2-6`` or ``2,6``: the least and the most."""
-    pair = re.fullmatch(r"(\d{1,18})[,-](\d{1,18})", text)
+    pair = re.fullmatch(r"([0-9]{1,18})[,-]([0-9]{1,18})", text)
     if pair:
         return int(pair[1]), int(pair[2])
-    try:
+    if _WHOLE.fullmatch(text):
         return int(text)
-    except ValueError:
-        allowed = "a whole number, as 4, or the least and the most, as 2-6 or 2,6"
-        raise click.BadParameter(f"{text!r} is no number of workers: give {allowed}") from None
+    allowed = "a whole number, as 4, or the least and the most, as 2-6 or 2,6"
+    raise click.BadParameter(f"{text!r} is no number of workers: give {allowed}")
+
+
+#: int() takes digits of all scripts, too
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+def _whole(text: str) -> int:
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    raise click.BadParameter(f"{text!r} is no whole number: give one in the digits 0 to 9, as 4")
 
 
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -137,7 +146,7 @@ _run = click.argument("run")
 @click.option(
     "--num-workers", type=_workers, metavar="N|LEAST-MOST", help="Ray actors that compute gradients, as 4 or 2-6."
 )
-@click.option("--num-servers", type=int, help="Ray actors that hold the parameters.")
+@click.option("--num-servers", type=_whole, metavar="N", help="Ray actors that hold the parameters.")
 @click.option("--address", help="The Ray cluster to run on. Default: the one around this process, or a new one.")
 @click.option("--fresh", is_flag=True, help="Delete what the run has and start over.")
 @click.option("--dry-run", is_flag=True, help="Check everything that can be checked without training.")

@@ -41,7 +41,7 @@ class Beginning:
 
 
 def beginning(storage: Storage, spec: RunSpec, tables: Tables, fresh: bool) -> Beginning:
-    """Read the run directory and decide; nothing is written.
+    """Read the run directory and decide; nothing that is written stays.
 
     Raises InputError where the directory cannot be used, and with every difference where it holds a run of another
     data, model, optimizer or train section; CheckpointError where it has checkpoints and none can be used.

@@ -15,7 +15,15 @@ from pathlib import PurePath
 from typing import Any
 
 from raysgd.data.dataset import ArrowDataset
-from raysgd.learn.checks import choice_problems, count_problems, number_problems, shown
+from raysgd.learn.checks import (
+    address_problems,
+    choice_problems,
+    count_problems,
+    float32_problems,
+    number_problems,
+    shown,
+    text_problems,
+)
 from raysgd.learn.models import MLP, FactorizationMachine, HashedLogisticRegression
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import Duration, duration_problems
@@ -75,7 +83,7 @@ class TrainConfig:
             found.append(f"staleness must be a whole number >= 0 or inf, got {shown(self.staleness)}")
         found += count_problems("local_steps", self.local_steps)
         if self.clip_norm is not None:
-            found += (clip := number_problems("clip_norm", self.clip_norm, above=0))
+            found += (clip := float32_problems("clip_norm", self.clip_norm, above=0))
             if not clip and self.staleness != 0:
                 found.append(
                     "clip_norm needs staleness 0: the norm is that of a whole step, and with staleness pushes count "
@@ -243,7 +251,7 @@ class RunConfig:
             found += number_problems("checkpoint_seconds", self.checkpoint_seconds, above=0)
         found += [] if self.log_every is None else duration_problems("log_every", self.log_every)
         found += [] if self.stop_after_steps is None else count_problems("stop_after_steps", self.stop_after_steps)
-        found += [] if self.address is None else text_problems("address", self.address)
+        found += [] if self.address is None else address_problems("address", self.address)
         if not isinstance(self.checkpoint_config, CheckpointConfig):
             found.append(f"checkpoint_config must be a CheckpointConfig, got {self.checkpoint_config!r}")
         else:
@@ -415,12 +423,6 @@ def _shown(value: Any) -> str:
 
 def _names(kinds: Mapping[str, type[Any]]) -> str:
     return ", ".join(cls.__name__ for cls in kinds.values())
-
-
-def text_problems(name: str, value: object) -> list[str]:
-    """[] for text that is not blank, else the sentence that says so."""
-    good = isinstance(value, str) and value.strip() and "\0" not in value
-    return [] if good else [f"{name} must be text, got {shown(value)}"]
 
 
 def config_fields(cls: type[Any], skip: tuple[str, ...] = ()) -> list[str]:

@@ -13,8 +13,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,17 @@ class Storage:
             stream.write(data)
             failpoints.reach("storage.close")
 
-    def append(self, name: str, text: str) -> None:
-        """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file."""
+    def append(self, name: str, text: str, sync: bool = False) -> None:
+        """Adds text to the end of a file, which need not exist. Elsewhere than locally this rewrites the file.
+
+        Local: whoever is killed meanwhile leaves a beginning of it; a full disk leaves the file as it was.
+        sync: whether it is to survive a power cut
+        """
         if not self.is_local:
             old = self.read(name) if self.exists(name) else b""
             self.write_atomic(name, old + text.encode())
             return
-        path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(text.encode())
+        _append_local(Path(self.path(name)), text.encode(), sync)
 
     def exists(self, name: str = "") -> bool:
         """Whether there is a file or a directory of that name."""
@@ -174,15 +176,37 @@ class Storage:
             self.filesystem.delete_dir(path)
 
     def refuse_unwritable(self) -> None:
-        """Raises InputError where a local directory can neither be written nor created; writes nothing."""
-        if not self.is_local:
-            return
-        place = Path(self.base)
-        while not os.path.lexists(place):
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            what = "cannot be written" if place.is_dir() else "is no directory"
-            raise InputError(f"{self.uri} cannot be used: {place} {what}; choose another storage path")
+        """Raises InputError where nothing can be written here: writes a small file and deletes it, and what directories
+        that took."""
+        try:
+            if self.is_local:
+                _probe_local(Path(self.base))
+            else:
+                self._probe()
+        except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for a path that its store cannot have
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.uri} cannot be written: {why}; choose another storage path") from error
+
+    def _probe(self) -> None:
+        made = None
+        if self.filesystem.type_name not in _OBJECT_STORES:
+            made = self.base
+            while made and not self._is_there(made.rpartition("/")[0]):
+                made = made.rpartition("/")[0]
+            made = None if self._is_there(self.base) else made
+        path = self.path(f".probe-{secrets.token_hex(4)}")
+        try:
+            if self.filesystem.type_name not in _OBJECT_STORES:
+                self.filesystem.create_dir(self.base, recursive=True)
+            with self.filesystem.open_output_stream(path) as stream:
+                stream.write(b"?")
+            self.filesystem.delete_file(path)
+        finally:
+            if made is not None and self._is_there(made):
+                self.filesystem.delete_dir(made)
+
+    def _is_there(self, path: str) -> bool:
+        return not path or bool(self.filesystem.get_file_info(path).type != FileType.NotFound)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -249,6 +273,52 @@ def _replace_local(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def _probe_local(directory: Path) -> None:
+    made: list[Path] = []
+    place = directory
+    while not os.path.lexists(place):
+        made.append(place)
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{place} is no directory", str(place))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(directory / "probe")
+        probe = directory / f".probe.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            probe.write_bytes(b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+    finally:
+        for one in made:  # what others have written there meanwhile stays
+            with suppress(OSError):
+                one.rmdir()
+
+
+def _append_local(path: Path, data: bytes, sync: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        size, middle = file.tell(), (data.rfind(b"\n", 0, -1) + len(data)) // 2
+        try:
+            _write_all(file, data[:middle])
+            failpoints.reach("storage.append")
+            _write_all(file, data[middle:])
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+    if sync and new:
+        _sync_directory(path.parent)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """A full disk can take a part of what is written, and say so only at the next write."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _delete_leftovers(path: Path) -> None:

@@ -107,6 +107,48 @@ def test_the_config_itself_has_no_fault(here: Path, capsys: pytest.CaptureFixtur
     assert contents() == before
 
 
+# -- what the schema shows: how many parameters there will be
+
+NUMBERS_ONLY = ('data.numeric=["delay", "hour"]', "data.categorical=[]")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_more_servers_than_parameters(refused: Refused, dry: list[str]) -> None:
+    (sentence,) = refused(*dry, "--num-servers", "4", *sets(*NUMBERS_ONLY))
+    assert sentence == "scaling.num_servers must be in [1, 3] for 3 parameters, got 4"
+    hashed = sets("model.type=hashed_logistic_regression", "model.hash_bits=4")
+    (sentence,) = refused(*dry, "--num-servers", "20", *hashed)
+    assert sentence == "scaling.num_servers must be in [1, 19] for 19 parameters, got 20"
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody tells how much memory there is")
+def test_a_model_that_does_not_fit_into_memory(refused: Refused, dry: list[str]) -> None:
+    mlp = sets("model.type=mlp", "model.loss=squared", "model.hidden=[1000000, 1000000]", 'data.label="delay"')
+    (sentence,) = refused(*dry, *mlp, *sets('data.numeric=["hour"]', "data.categorical=[]", "run.name=large"))
+    assert sentence.startswith(
+        "the model does not fit into memory: 1,000,004,000,001 parameters need 16.0 TB a server, "
+    )
+    assert "with 1 servers and 1 workers; available: " in sentence
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_address_in_the_environment_that_is_none(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    (sentence,) = refused(*dry)
+    assert sentence.startswith("the address (--address or RAY_ADDRESS) must be HOST:PORT, ray://HOST:PORT, ")
+    assert sentence.endswith("is for `ray job submit`")
+
+
+def test_a_dry_run_says_how_much_memory_it_takes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+    assert cli.main(["train", "run.toml", "--dry-run", "--json", *sets(*NUMBERS_ONLY)]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"].startswith("3 parameters need 0.0 kB a server, ")
+    assert cli.main(["train", "run.toml", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] is None, "categories: only the data tells"
+
+
 # -- what the config alone shows: Ray is not even imported
 
 

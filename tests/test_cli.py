@@ -226,6 +226,16 @@ def test_every_end_has_its_code(
         (["train"], "Missing argument 'CONFIG'"),
         (["train", "flights.toml", "--num-workers", "two"], "'two' is no number of workers: give a whole number, as 4"),
         (["train", "flights.toml", "--num-workers", "2-"], "'2-' is no number of workers"),
+        (["train", "flights.toml", "--num-workers", "٣"], "'٣' is no number of workers: give a whole number, as 4"),
+        (["train", "flights.toml", "--num-workers", "2-٣"], "'2-٣' is no number of workers"),
+        (["train", "flights.toml", "--num-workers", "1_0"], "'1_0' is no number of workers"),
+        (["train", "flights.toml", "--num-servers", "٣"], "'٣' is no whole number: give one in the digits 0 to 9"),
+        (["train", "flights.toml", "--set", "train.epochs=٣"], "train.epochs must be a whole number >= 1, got '٣'"),
+        (["train", "flights.toml", "--set", "run.log_every=٣epoch"], "run.log_every must be a number of steps >= 1"),
+        (
+            ["train", "flights.toml", "--address", "nowhere"],
+            "run.address must be HOST:PORT, ray://HOST:PORT, 'auto' or",
+        ),
         (
             ["train", "flights.toml", "--num-workers", "6-2"],
             "scaling.num_workers must be a whole number >= 1 or a pair",

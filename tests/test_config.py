@@ -91,13 +91,13 @@ plain_schedules = st.one_of(
 )
 schedules = plain_schedules | st.builds(WarmUp, rates | plain_schedules, durations)
 optimizers = st.one_of(
-    st.builds(SGD, rates | schedules, st.floats(0.0, 0.99)),
+    st.builds(SGD, rates | schedules, st.floats(0.0, 0.96875, width=32)),
     st.builds(AdaGrad, rates | schedules, st.floats(1e-12, 1e-3)),
 )
 models = st.one_of(
-    st.builds(LinearRegression, st.floats(0.0, 1.0), rates),
-    st.builds(LogisticRegression, st.floats(0.0, 1.0), rates),
-    st.builds(SoftmaxRegression, st.floats(0.0, 1.0), rates),
+    st.builds(LinearRegression, st.floats(0.0, 1.0, width=32), rates),
+    st.builds(LogisticRegression, st.floats(0.0, 1.0, width=32), rates),
+    st.builds(SoftmaxRegression, st.floats(0.0, 1.0, width=32), rates),
     st.builds(MLP, st.lists(st.integers(1, 99), min_size=1, max_size=3).map(tuple), st.sampled_from(["relu", "tanh"])),
 )
 names = st.text(min_size=1, max_size=8)

@@ -11,10 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raysgd import failpoints
 from raysgd.errors import InputError, RunError
+from raysgd.learn.batch import Batch, Inputs, Target
+from raysgd.learn.models import LinearRegression
+from raysgd.learn.parameters import Range
+from raysgd.protocol.client import Compute
+from raysgd.protocol.compute import subtree_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,3 +180,20 @@ def test_a_name_that_is_none_is_our_own_mistake() -> None:
     failpoints.arm("storage.sync:kill")
     with pytest.raises(AssertionError, match=r"add it to failpoints\.NAMES"):
         failpoints.reach("storage.snyc")
+
+
+def test_a_failpoint_of_each_virtual_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reached once for each, with the step: what makes compute as long as a test or a bench wants it."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    learner = LinearRegression().bind(Inputs(1, ()), Target())
+    rows = Batch(np.ones((2, 1), np.float32), np.zeros((2, 0), np.int32), np.ones(2, np.float32))
+    compute = Compute(7, learner.initial(0), (Range(0, 4), Range(4, 6)))
+    failpoints.arm("worker.virtual@7:sleep=3,worker.virtual@8:sleep=4")
+    slow = subtree_sums(learner, compute, lambda _step, _v: rows)
+    assert waits == [3.0] * 6
+    failpoints.arm("")
+    quick = subtree_sums(learner, compute, lambda _step, _v: rows)
+    assert [(s.loss, s.rows, s.gradient.tolist()) for s in slow] == [
+        (q.loss, q.rows, q.gradient.tolist()) for q in quick
+    ]

@@ -26,6 +26,7 @@ ROOMS["checkpoint"] = {"errors", "learn", "data", "protocol", "storage"}
 ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "spec", "config"}
 ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
+ROOMS["footprint"] = ROOMS["plan"] | {"plan"}
 ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 # A failpoint can be anywhere.

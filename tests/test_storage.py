@@ -46,6 +46,44 @@ def test_text_is_appended(storage: Storage) -> None:
     assert storage.read("log/lines").decode() == "öne\ntwo\n"
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    storage.append("lines", "one\ntwo\n", sync=True)
+    failpoints.arm("storage.append:enospc")
+    try:
+        with pytest.raises(OSError, match="failpoint"):
+            storage.append("lines", "three\nfour\n")
+    finally:
+        failpoints.arm("")
+    storage.append("lines", "five\n")
+    assert storage.read("lines") == b"one\ntwo\nfive\n"
+
+
+def test_a_probe_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
+    deep = storage.child("a").child("b")
+    before = sorted(tmp_path.rglob("*"))
+    deep.refuse_unwritable()
+    assert sorted(tmp_path.rglob("*")) == before
+    storage.write_atomic("a/kept", b"x")
+    before = sorted(tmp_path.rglob("*"))
+    deep.refuse_unwritable()
+    storage.refuse_unwritable()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_cannot_be_written_is_refused(tmp_path: Path, remote: bool) -> None:
+    """Root may do everything, but not this: below a file, below /proc, under a name that is too long."""
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file" / "run", Path("/proc/run"), tmp_path / ("n" * 300)):
+        storage = Storage.open(place)
+        if remote:
+            storage = Storage(pafs.SubTreeFileSystem("/", pafs.LocalFileSystem()), str(place)[1:])
+        with pytest.raises(InputError, match=r"cannot be written: .*; choose another storage path"):
+            storage.refuse_unwritable()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_listings_are_sorted_and_empty_where_nothing_is(storage: Storage) -> None:
     assert (storage.list_dirs(), storage.list_files(), storage.list_files("nowhere")) == ([], [], [])
     for name in ("b.txt", "a.txt", "z/1", "y/2"):

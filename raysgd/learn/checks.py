@@ -7,9 +7,12 @@ counts, NaN) are violations like any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import isfinite
 from numbers import Integral, Real
+
+import numpy as np
 
 #: Counts lie below: what files, messages and numpy hold as a 64-bit integer.
 LARGEST_COUNT = 2**63 - 1
@@ -38,6 +41,26 @@ def number_problems(
     kind = "" if finite else "a finite number " if number else "a number "
     allowed = f"{kind}{_interval(above, at_least, below, at_most)}".rstrip()
     return [f"{name} must be {allowed}, got {shown(value)}"]
+
+
+def float32_problems(name: str, value: object, **bounds: float) -> list[str]:
+    """As :func:`number_problems`, for numbers that are computed with as float32: there, too, the bounds must hold, and
+    nothing may become infinite or vanish.
+
+    >>> float32_problems("learning_rate", 1e39, above=0)
+    ['learning_rate must be a number > 0 in float32, too; got 1e+39, which is inf there']
+    >>> float32_problems("momentum", 0.999999999, at_least=0, below=1)
+    ['momentum must be a number in [0, 1) in float32, too; got 0.999999999, which is 1.0 there']
+    """
+    if found := number_problems(name, value, **bounds):
+        return found
+    given = float(value)  # type: ignore[arg-type]
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(given))
+    limits = [bounds.get(side) for side in ("above", "at_least", "below", "at_most")]
+    if isfinite(kept) and (kept != 0 or given == 0) and _within(kept, *limits):
+        return []
+    return [f"{name} must be a number {_interval(*limits)} in float32, too; got {shown(value)}, which is {kept} there"]
 
 
 def _is_finite(value: Real) -> bool:
@@ -112,3 +135,30 @@ def choice_problems(name: str, value: object, choices: Iterable[str]) -> list[st
     if isinstance(value, str) and value in allowed:
         return []
     return [f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"]
+
+
+def text_problems(name: str, value: object) -> list[str]:
+    """[] for text that is not blank, else the sentence that says so."""
+    good = isinstance(value, str) and value.strip() and "\0" not in value
+    return [] if good else [f"{name} must be text, got {shown(value)}"]
+
+
+_ADDRESS = re.compile(
+    r"(?:[a-z][a-z0-9_.+-]*://)?(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?):([0-9]{1,5})"
+)
+
+
+def address_problems(name: str, value: object) -> list[str]:
+    """Empty where ``value`` has the form of a Ray cluster's address, else one sentence.
+
+    >>> address_problems("address", "10.0.0.1:6379"), address_problems("address", "10.0.0.1")
+    ([], ["address must be HOST:PORT, ray://HOST:PORT, 'auto' or 'local', got '10.0.0.1'"])
+    """
+    if isinstance(value, str) and value in ("auto", "local"):
+        return []
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match and 0 < int(match[1]) < 1 << 16 and not str(value).startswith(("http://", "https://")):
+        return []
+    found = [f"{name} must be HOST:PORT, ray://HOST:PORT, 'auto' or 'local', got {shown(value)}"]
+    jobs = isinstance(value, str) and value.startswith(("http://", "https://"))
+    return [f"{found[0]}; the address of the dashboard is for `ray job submit`"] if jobs else found

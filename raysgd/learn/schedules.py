@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from raysgd.errors import InputError
-from raysgd.learn.checks import count_problems, flag_problems, number_problems, shown
+from raysgd.learn.checks import count_problems, flag_problems, float32_problems, number_problems, shown
 
 #: A number of steps, or epochs as text: ``100``, ``"1epoch"``, ``"0.5epoch"``, ``"3epochs"``.
 Duration: TypeAlias = int | str
@@ -104,7 +104,7 @@ class Constant:
     rate: float
 
     def problems(self) -> list[str]:
-        return number_problems("rate", self.rate, above=0)
+        return float32_problems("rate", self.rate, above=0)
 
     def resolve(self, steps_per_epoch: int, total_steps: int) -> Rate:  # noqa: ARG002 - the protocol's signature
         return partial(_constant, float(self.rate))
@@ -126,7 +126,7 @@ class ExponentialDecay:
 
     def problems(self) -> list[str]:
         return (
-            number_problems("initial", self.initial, above=0)
+            float32_problems("initial", self.initial, above=0)
             + number_problems("decay_rate", self.decay_rate, above=0, at_most=1)
             + duration_problems("every", self.every)
             + flag_problems("staircase", self.staircase)
@@ -151,7 +151,7 @@ class StepDecay:
     at: tuple[Duration, ...]
 
     def problems(self) -> list[str]:
-        found = number_problems("initial", self.initial, above=0)
+        found = float32_problems("initial", self.initial, above=0)
         found += number_problems("factor", self.factor, above=0, at_most=1)
         if isinstance(self.at, str) or not isinstance(self.at, Sequence) or len(self.at) == 0:
             return [*found, f"at must be a list of one or more durations such as ['2epochs', 500], got {self.at!r}"]
@@ -180,7 +180,7 @@ class InverseTimeDecay:
 
     def problems(self) -> list[str]:
         return (
-            number_problems("initial", self.initial, above=0)
+            float32_problems("initial", self.initial, above=0)
             + number_problems("decay_rate", self.decay_rate, at_least=0)
             + duration_problems("every", self.every)
             + flag_problems("staircase", self.staircase)
@@ -207,8 +207,8 @@ class CosineDecay:
     over: Duration | None = None
 
     def problems(self) -> list[str]:
-        found = number_problems("initial", self.initial, above=0)
-        found += number_problems("final", self.final, at_least=0)
+        found = float32_problems("initial", self.initial, above=0)
+        found += float32_problems("final", self.final, at_least=0)
         return found if self.over is None else found + duration_problems("over", self.over)
 
     def resolve(self, steps_per_epoch: int, total_steps: int) -> Rate:
@@ -270,7 +270,7 @@ def rate_problems(name: str, rate: object) -> list[str]:
     """
     if isinstance(rate, Schedule) and not isinstance(rate, type):
         return [f"{name}.{problem}" for problem in rate.problems()]
-    return number_problems(name, rate, above=0)
+    return float32_problems(name, rate, above=0)
 
 
 def _constant(rate: float, step: int) -> float:  # noqa: ARG001 - a function of the step like the others

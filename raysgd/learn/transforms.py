@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from raysgd.learn.batch import Float32
-from raysgd.learn.checks import flag_problems, number_problems
+from raysgd.learn.checks import flag_problems, float32_problems
 from raysgd.learn.schedules import Constant, Schedule, rate_problems
 
 
@@ -92,7 +92,7 @@ class SGD:
 
     def problems(self) -> list[str]:
         found = rate_problems("learning_rate", self.learning_rate)
-        found += (momentum := number_problems("momentum", self.momentum, at_least=0, below=1))
+        found += (momentum := float32_problems("momentum", self.momentum, at_least=0, below=1))
         found += flag_problems("nesterov", self.nesterov)
         if self.nesterov is True and not momentum and self.momentum == 0:
             found.append("nesterov needs momentum in (0, 1), got momentum 0: set momentum or leave nesterov out")
@@ -167,7 +167,7 @@ class AdaGrad:
         return ("accumulator",)
 
     def problems(self) -> list[str]:
-        return rate_problems("learning_rate", self.learning_rate) + number_problems("epsilon", self.epsilon, above=0)
+        return rate_problems("learning_rate", self.learning_rate) + float32_problems("epsilon", self.epsilon, above=0)
 
     def update(
         self,
@@ -244,7 +244,7 @@ class FTRL:
             given = f"got {self.learning_rate!r}"
             found = [f"learning_rate must be a constant for ftrl, whose rates decay by themselves, {given}"]
         for name in ("beta", "l1", "l2"):
-            found += number_problems(name, getattr(self, name), at_least=0)
+            found += float32_problems(name, getattr(self, name), at_least=0)
         return found
 
     def update(

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from raysgd import failpoints
 from raysgd.learn.batch import Batch, Float32
 from raysgd.learn.losses import add_l2
 from raysgd.learn.models.base import ValueAndGrad
@@ -133,10 +134,17 @@ def subtree_sums(
             of = leaves(learner, compute.params, run, partial(batch, compute.step))
         else:
             of = local.leaves(learner, compute, run, batch)
+        if failpoints.armed:
+            of = partial(_reaching, of, compute.step)
         return [
             _sum_into(np.empty_like(compute.params) if outputs is None else outputs[k], node, of, spare)
             for k, node in enumerate(compute.nodes)
         ]
+
+
+def _reaching(of: Callable[[int, Float32], Partial], step: int, v: int, out: Float32) -> Partial:
+    failpoints.reach("worker.virtual", step)
+    return of(v, out)
 
 
 def _sum_into(out: Float32, node: Range, leaf: Callable[[int, Float32], Partial], spare: list[Float32]) -> Partial:

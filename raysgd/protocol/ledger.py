@@ -1,6 +1,7 @@
 """The ledger: which server shard committed which steps, from whom; and the checker that reads it afterwards.
 
     commits ──entry──▶ Record, grown while the parts stay the same ──to_line──▶ one line of JSON ──check──▶ sentences
+                                                                  ledger_lines.py
 
 One record covers a range of steps with one assignment, so it costs nothing a step. Lines are only ever appended, and
 may be written again, also in a longer form. A roll-back appends a line that opens a new timeline; what older timelines
@@ -9,16 +10,13 @@ committed from its step on is void. Everything is plain data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias
-from zlib import crc32
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from raysgd.errors import InputError
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
@@ -55,7 +53,17 @@ class Rollback:
     step: int
 
 
-Line: TypeAlias = Record | Rollback
+@dataclass(frozen=True, slots=True)
+class Midway:
+    """A checkpoint was taken at ``step``, between two boundaries: everybody stopped, and went on under new incarnations
+    with what they carried before."""
+
+    attempt: int
+    timeline: int
+    step: int
+
+
+Line: TypeAlias = Record | Rollback | Midway
 
 
 class Rows(Protocol):
@@ -112,6 +120,25 @@ def rollback(lines: list[Line], step: int, attempt: int = 0) -> Rollback:
     return line
 
 
+def dealt(lines: Sequence[Line]) -> int:
+    """How often virtual workers were dealt: at the begin, and whenever somebody was lost or came.
+
+    Incarnations rise then, and at a checkpoint midway, which is no deal, unless others carry on after it.
+    """
+    count, midway, before = 0, False, None
+    for line in lines:
+        if not isinstance(line, Record):
+            midway = midway or isinstance(line, Midway)
+        elif line.shard == 0:
+            nodes = line.attempt, line.timeline, tuple(node for node, _ in line.parts)
+            newest = max(_incarnations(line).values(), default=0)  # a step in between can have older ones, too
+            if before is None or newest > before[1] or nodes[:2] != before[0][:2]:
+                count += before is None or not midway or nodes != before[0]
+                midway = False
+            before = nodes, newest
+    return count
+
+
 def _shard(line: Line) -> int | None:
     return line.shard if isinstance(line, Record) else None
 
@@ -119,75 +146,6 @@ def _shard(line: Line) -> int | None:
 def _same(a: Record, b: Record) -> bool:
     """Whether two records differ in their steps alone."""
     return replace(a, begin=0, end=0, rows=0) == replace(b, begin=0, end=0, rows=0)
-
-
-# -- lines of JSON
-
-
-def to_line(line: Line) -> str:
-    """One line of JSON without its newline. ``crc`` is that of the others: a digit that flips makes valid JSON."""
-    fields: dict[str, Any] = {"attempt": line.attempt, "timeline": line.timeline}
-    if isinstance(line, Rollback):
-        fields["rollback"] = line.step
-    else:
-        fields |= {"generation": line.generation, "shard": line.shard, "begin": line.begin, "end": line.end}
-        if line.shards:
-            fields["shards"] = line.shards
-        fields |= {"rows": line.rows, "parts": [[n.begin, n.end, list(i)] for n, i in line.parts]}
-    return _dumps({**fields, "crc": crc32(_dumps(fields).encode())})
-
-
-def from_line(text: str) -> Line:
-    """The line that ``to_line`` wrote. InputError where it is not exactly that."""
-    try:
-        fields = json.loads(text)
-        line = _line(fields)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError([f"not a line of a ledger ({error!r}): {_shown(text)}"]) from None
-    if to_line(line) != text:
-        raise InputError([f"a line of the ledger is damaged, its checksum or form is wrong: {_shown(text)}"])
-    return line
-
-
-def parse(text: str) -> list[Line]:
-    """The lines of a whole ledger, those that stand there again folded. InputError names the line.
-
-    What follows the last newline is a write that was interrupted: it does not count.
-    """
-    lines: list[Line] = []
-    for number, one in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            lines.append(from_line(one))
-        except InputError as error:
-            raise InputError([f"line {number}: {problem}" for problem in error.problems]) from None
-    return fold(lines)
-
-
-def _line(fields: dict[str, Any]) -> Line:
-    if "rollback" in fields:
-        return Rollback(*(_whole(fields[name]) for name in ("attempt", "timeline", "rollback")))
-    parts = tuple(
-        (Range(_whole(begin), _whole(end)), tuple(map(_whole, incarnations)))
-        for begin, end, incarnations in fields["parts"]
-    )
-    numbers = {
-        name: _whole(fields[name]) for name in ("attempt", "generation", "timeline", "shard", "begin", "end", "rows")
-    }
-    return Record(parts=parts, **numbers, shards=_whole(fields.get("shards", 0)))
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"not a whole number: {value!r}")
-    return value
-
-
-def _dumps(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, separators=(",", ":"), allow_nan=False)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 120 else f"{text[:120]}...")
 
 
 # -- the checker
@@ -273,7 +231,8 @@ def _timeline_problems(lines: Sequence[Line]) -> list[str]:
                 found.append(f"timeline {line.timeline} was opened after {known}")
             known = max(known, line.timeline)
         elif line.timeline > known:
-            found.append(f"I4: {_name(line)}: nobody opened this timeline")
+            name = _name(line) if isinstance(line, Record) else f"step {line.step}, timeline {line.timeline}"
+            found.append(f"I4: {name}: nobody opened this timeline")
     return found
 
 

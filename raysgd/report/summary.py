@@ -98,6 +98,8 @@ def audited(facts: Facts) -> str:
             f"{facts['checkpoints']:,} checkpoints: whole",
             f"attempts: {facts['attempts']}; virtual workers dealt: {facts['dealt']} times; servers replaced: "
             f"{facts['replaced']}; gone back to a checkpoint: {facts['rolled_back']} times",
+            *([f"stopped for a checkpoint and gone on as before: {facts['midway']} times"] if facts["midway"] else []),
+            *(f"note: {note}" for note in facts["notes"]),
         ]
     )
 

@@ -138,7 +138,11 @@ class Attempt:
         facts |= {"epoch": step / self.plan.steps_per_epoch, "curve": self.curve.open_line}
         facts["canary"] = self.crew.canary
         self.settle()
-        self.ledger.flush()  # before the checkpoint counts: what is in it is told
+        try:
+            facts["ledger"] = self.ledger.flush()  # before the checkpoint counts: what is in it is told
+        except SaveError as error:
+            self._unsaved(error)
+            return
         self._saved_at, self._saved_step = time.monotonic(), step
         self._saving = self._writer.submit(self._publish, generation, facts)
 
@@ -154,9 +158,12 @@ class Attempt:
         try:
             saving.result()
         except SaveError as error:
-            if self.step >= self.plan.end_step:
-                raise
-            self.report.say(f"warning: {error}; the checkpoint before it stays")
+            self._unsaved(error)
+
+    def _unsaved(self, error: SaveError) -> None:
+        if self.step >= self.plan.end_step:
+            raise error
+        self.report.say(f"warning: {error}; the checkpoint before it stays")
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, however the attempt ended."""
@@ -271,6 +278,7 @@ class Attempt:
         version = self.crew.pause()
         step = self.plan.rounds.begin(version)
         self.crew.surviving(partial(self._read_commits, step))
+        self.ledger.midway(step)
         if step > 0 and step == self.curve.step:
             self.save(step)
         if self.crew.notices.leaving:

@@ -90,6 +90,8 @@ class Gang:
         self.watch: Callable[[], None] | None = None
         #: raises where the cluster itself is dead
         self.check_cluster: Callable[[], None] = lambda: None
+        #: bytes available on each node; [] where nobody tells
+        self.memory: Callable[[], Sequence[int]] = list
         self._site = here()
         self._numbers = 0
         #: by when workers are asked for: how many

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
+from raysgd.footprint import available_here
+from raysgd.learn.checks import address_problems
 from raysgd.runtime.guard import descendants, guarded
 from raysgd.runtime.process import Process
 
@@ -36,10 +40,28 @@ class Session:
     notes: tuple[str, ...] = ()
     raylet: Process | None = None
 
+    def memory(self) -> list[int]:
+        """Bytes that each node can give: where the cluster is ours what is free, else what Ray counts on."""
+        if self.started:
+            return available_here()
+        return [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+
     def check(self) -> None:
         """Raises RunError where our own cluster is dead: nobody comes back then."""
         if self.raylet is not None and not self.raylet.alive():
             raise RunError("the local Ray cluster died; the same command starts another one and continues")
+
+
+def will_start(address: str | None) -> bool:
+    """Whether :func:`session` will start a cluster of its own. Raises InputError where the address is none."""
+    return not ray.is_initialized() and _address(address) == "local"
+
+
+def _address(given: str | None) -> str:
+    address = given or os.environ.get("RAY_ADDRESS") or "local"
+    if problems := address_problems("the address (--address or RAY_ADDRESS)", address):
+        raise InputError(problems)
+    return address
 
 
 @contextmanager
@@ -54,8 +76,8 @@ def session(cpus: float, address: str | None = None) -> Iterator[Session]:
         _refuse_too_small(cpus)
         yield Session(started=False)
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if address is not None and address != "local":
+    address = _address(address)
+    if address != "local":
         _connect(address)
         try:
             _refuse_too_small(cpus)
@@ -100,6 +122,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _connect(address: str) -> None:
     _one_error_only()
+    _deaths_to_stderr()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -117,6 +140,7 @@ def _start(cpus: float) -> tuple[str, ...]:
         )
     _private_token()
     _one_error_only()
+    _deaths_to_stderr()
     ray.init("local", num_cpus=asked, include_dashboard=False, log_to_driver=False, logging_level="error")
     return tuple(notes)
 
@@ -133,6 +157,19 @@ def _refuse_too_small(cpus: float) -> None:
 def _one_error_only() -> None:
     """The first worker's error ends the run and is told; Ray would print the others' as unhandled at the end."""
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+
+
+def _deaths_to_stderr() -> None:
+    """Ray prints whose processes died on standard output, whatever ``log_to_driver`` says: results go there."""
+    shown = ray_worker.print_to_stdstream
+    if getattr(shown, "to_stderr", False):
+        return
+
+    def elsewhere(data: dict[str, Any], ignore_prefix: bool) -> None:
+        shown({**data, "is_err": True}, ignore_prefix)
+
+    elsewhere.to_stderr = True  # type: ignore[attr-defined]
+    ray_worker.print_to_stdstream = elsewhere
 
 
 def _private_token() -> None:

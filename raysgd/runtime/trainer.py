@@ -17,6 +17,7 @@ from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.data.sampler import Sampler
 from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
+from raysgd.footprint import Footprint, available_here, footprint, learner_of
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -32,7 +33,7 @@ from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
 from raysgd.runtime.gang import Gang, shared_out
-from raysgd.runtime.session import Session, session
+from raysgd.runtime.session import Session, session, will_start
 from raysgd.spec import RunConfig, RunSpec, ScalingConfig, TrainConfig
 from raysgd.storage import Storage
 
@@ -144,8 +145,10 @@ class Trainer:
         )
 
     def dry_run(self) -> dict[str, Any]:
-        """What would be done, from footers and the run's directory alone; nothing is started or written."""
+        """What would be done, from footers and the run's directory alone; nothing is started, nothing that is written
+        stays."""
         tables, begin = self._open()
+        needed = self._needed(tables)
         spec, rows = self.spec, tables.train.n_rows
         train = spec.train
         steps = Sampler(
@@ -163,6 +166,7 @@ class Trainer:
             "workers": spec.scaling.num_workers,
             "servers": spec.scaling.num_servers,
             "cpus": spec.scaling.cpus,
+            "memory": None if needed is None else needed.describe(),
         }
 
     def fit(self) -> Result:
@@ -191,6 +195,11 @@ class Trainer:
             self._attempt(tables, begin, plan)
             return self._result()
 
+    def _needed(self, tables: Tables) -> Footprint | None:
+        """Memory for the parameters, where the schema tells. Raises InputError where there are too many servers."""
+        learner = learner_of(self.spec, tables.train.schema)
+        return None if learner is None else footprint(self.spec, learner)
+
     @cached_property
     def _storage(self) -> Storage:
         assert self.spec.run.name is not None
@@ -198,6 +207,9 @@ class Trainer:
 
     def _open(self) -> tuple[Tables, Beginning]:
         tables = open_tables(self.spec)
+        alone = will_start(self.spec.run.address)
+        if (needed := self._needed(tables)) is not None and alone:
+            needed.refuse(available_here())
         return tables, beginning(self._storage, self.spec, tables, self.fresh)
 
     def _attempt(self, tables: Tables, begin: Beginning, plan: Plan | None) -> None:
@@ -240,7 +252,7 @@ class Trainer:
         """Train with a gang of actors, until the end (None), or until so much is lost that others must begin anew."""
         # Our own cluster has room by construction: there only the start of processes can take long.
         gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
-        gang.check_cluster = cluster.check
+        gang.check_cluster, gang.memory = cluster.check, cluster.memory
         try:
             self._train(gang, tables, begin, plan, keeper)
         except (RollBackError, ActorLostError) as error:
@@ -282,6 +294,8 @@ class Trainer:
             plan, notes = self._new_plan(gang, tables)
             for line in notes:
                 self.report.say(line)
+        if self._plan is None:  # later, what a gang before held may not be free yet
+            footprint(self.spec, plan.learner).refuse(gang.memory())
         self._plan = plan
         for line in plan.describe():
             self.report.say(line)

@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from raysgd.learn.checks import choice_problems, count_problems, flag_problems, number_problems
+from raysgd.learn.checks import (
+    address_problems,
+    choice_problems,
+    count_problems,
+    flag_problems,
+    float32_problems,
+    number_problems,
+)
+from raysgd.learn.models import MLP, FactorizationMachine, HashedLogisticRegression, LogisticRegression
+from raysgd.learn.schedules import Constant, CosineDecay, ExponentialDecay, InverseTimeDecay, StepDecay, WarmUp
+from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 
 
 @pytest.mark.parametrize(
@@ -78,3 +88,71 @@ def test_flags_and_choices():
     assert flag_problems("nesterov", 1) == ["nesterov must be true or false, got 1"]
     assert choice_problems("loss", "squared", ("squared", "logistic")) == []
     assert choice_problems("loss", ["squared"], ("squared",)) == ["loss must be one of 'squared', got ['squared']"]
+
+
+@pytest.mark.parametrize("value", [1e39, 3.5e38, 1e-46, np.float64(1e300), 5e-324, 10**39])
+def test_what_float32_cannot_hold_is_named(value):
+    assert number_problems("learning_rate", value, above=0) == []
+    kept = "inf" if value > 1 else "0.0"
+    assert float32_problems("learning_rate", value, above=0) == [
+        f"learning_rate must be a number > 0 in float32, too; got {value!r}, which is {kept} there"
+    ]
+
+
+@pytest.mark.parametrize("value", [3.4e38, 2e-45, 1e-40, 1, np.float32(0.1)])
+def test_what_float32_holds_has_no_problem(value):
+    assert float32_problems("learning_rate", value, above=0) == []
+
+
+def test_bounds_hold_in_float32_too():
+    assert float32_problems("momentum", 1 - 1e-7, at_least=0, below=1) == []
+    assert len(float32_problems("momentum", 1 - 1e-9, at_least=0, below=1)) == 1
+    assert float32_problems("l2", 0.0, at_least=0) == []
+    assert float32_problems("l2", "x", at_least=0) == number_problems("l2", "x", at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (SGD(1e39), "learning_rate"),
+        (SGD(0.1, momentum=1 - 1e-12), "momentum"),
+        (SGD(ExponentialDecay(1e39, 0.5, 1)), "learning_rate.initial"),
+        (SGD(Constant(1e-50)), "learning_rate.rate"),
+        (SGD(StepDecay(1e39, 0.5, (1,))), "learning_rate.initial"),
+        (SGD(InverseTimeDecay(1e39, 0.5, 1)), "learning_rate.initial"),
+        (SGD(CosineDecay(0.1, final=1e-50)), "learning_rate.final"),
+        (SGD(WarmUp(1e39, 1)), "learning_rate.schedule"),
+        (AdaGrad(1e39), "learning_rate"),
+        (AdaGrad(0.1, epsilon=1e-50), "epsilon"),
+        *((FTRL(0.1, **{name: 1e39}), name) for name in ("l1", "l2", "beta")),
+        (LogisticRegression(l2=1e39), "l2"),
+        (LogisticRegression(init_scale=1e-50), "init_scale"),
+        (MLP(hidden=(2,), init_scale=1e39), "init_scale"),
+        (HashedLogisticRegression(l2=1e-60), "l2"),
+        (FactorizationMachine(init_scale=1e39), "init_scale"),
+    ],
+)
+def test_each_hyperparameter_is_refused_by_name_where_float32_cannot_hold_it(given, name):
+    (sentence,) = given.problems()
+    assert sentence.startswith(f"{name} must be a number ")
+    assert " in float32, too; got " in sentence
+
+
+@pytest.mark.parametrize(
+    "value", ["auto", "local", "10.0.0.1:6379", "head:6379", "ray://head.example:10001", "[::1]:6379", "a_b-c.d:1"]
+)
+def test_addresses_of_clusters(value):
+    assert address_problems("address", value) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", " ", "head", "head:", ":6379", "head:0", "head:65536", "head:٣", "a b:1", "ray://", "head:1/x", 7, None],
+)
+def test_what_is_no_address(value):
+    (sentence,) = address_problems("address", value)
+    assert sentence == f"address must be HOST:PORT, ray://HOST:PORT, 'auto' or 'local', got {value!r}"
+
+
+def test_the_dashboards_address_is_for_jobs():
+    assert address_problems("address", "http://head:8265")[0].endswith("is for `ray job submit`")

@@ -151,6 +151,14 @@ def test_more_servers_than_parameters(refused: Refused) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_model_that_does_not_fit_into_memory(refused: Refused) -> None:
+    """Categories: how large it is only the statistics tell. Nothing of it was reserved by then."""
+    (sentence,) = refused("--set", "model.type=mlp", "--set", "model.hidden=[1000000, 1000000]")
+    assert sentence.startswith("the model does not fit into memory: 1,000,0")
+    assert " TB a server, " in sentence
+
+
+@pytest.mark.usefixtures("here")
 def test_validation_rows_are_judged_before_step_1(refused: Refused) -> None:
     write("valid/a.parquet", delay=None)
     (sentence,) = refused()

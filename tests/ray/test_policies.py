@@ -12,6 +12,7 @@ import pytest
 from ray_runs import curve, one_process_digests, spec_of, status_of, write_table
 
 from raysgd import checkpoint
+from raysgd.audit import audit
 from raysgd.errors import DivergedError, RunError
 from raysgd.report.progress import Silent
 from raysgd.runtime.gang import Gang
@@ -125,6 +126,9 @@ def test_checkpoints_by_time_change_no_byte(place: Path, sparse: bool) -> None:
     middle = saved[len(saved) // 2]
     found = checkpoint.load(Storage.open(place / "runs" / "timed"), middle)
     assert found.digest() == one_process_digests(timed, [middle])[middle]
+    audited = audit(Storage.open(place / "runs" / "timed"))
+    assert (audited.problems, audited.dealt) == ((), 1), "nobody was lost, nobody came"
+    assert audited.midway >= 2
     untimed = spec_of(place, run__name="untimed", **settings)
     Trainer.from_spec(untimed, report=Silent()).fit()
     assert curve(place / "runs" / "timed") == curve(place / "runs" / "untimed")

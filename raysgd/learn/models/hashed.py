@@ -16,7 +16,7 @@ import numpy as np
 
 from raysgd.errors import InputError
 from raysgd.learn.batch import Batch, Float32, Inputs, Int32, Target
-from raysgd.learn.checks import choice_problems, count_problems, number_problems
+from raysgd.learn.checks import choice_problems, count_problems, float32_problems
 from raysgd.learn.hashing import MAX_BITS, uniform_at
 from raysgd.learn.losses import Logistic, Loss, Squared, TargetKind
 from raysgd.learn.models.base import Model, refuse_unfit
@@ -215,7 +215,7 @@ class HashedLogisticRegression:
         return "class"
 
     def problems(self) -> list[str]:
-        return bits_problems(self.hash_bits) + number_problems("l2", self.l2, at_least=0)
+        return bits_problems(self.hash_bits) + float32_problems("l2", self.l2, at_least=0)
 
     def bind(self, inputs: Inputs, target: Target) -> BoundHashed:
         return _bind(self, BoundHashed(inputs, Logistic(), 0, 0.0), target)
@@ -254,8 +254,8 @@ class FactorizationMachine:
             allowed = f"(1 + factors) * 2^hash_bits must be below 2^31, got {1 + self.factors} * 2^{self.hash_bits}"
             found.append(f"hash_bits: {allowed}; lower one of the two")
         found += choice_problems("loss", self.loss, LOSSES)
-        found += number_problems("l2", self.l2, at_least=0)
-        return found + number_problems("init_scale", self.init_scale, above=0)
+        found += float32_problems("l2", self.l2, at_least=0)
+        return found + float32_problems("init_scale", self.init_scale, above=0)
 
     def bind(self, inputs: Inputs, target: Target) -> BoundHashed:
         loss = LOSSES.get(self.loss, Logistic)()

@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 
 from raysgd.learn.batch import Batch, Float32, Inputs, Target, joined_weights
-from raysgd.learn.checks import number_problems
+from raysgd.learn.checks import float32_problems
 from raysgd.learn.losses import CrossEntropy, Logistic, Loss, RowByRow, Squared, TargetKind
 from raysgd.learn.models.affine import InputLayer
 from raysgd.learn.models.base import Model, ValueAndGrad, refuse_unfit
@@ -156,7 +156,7 @@ class SoftmaxRegression:
 
 
 def _linear_problems(l2: float, init_scale: float) -> list[str]:
-    return number_problems("l2", l2, at_least=0) + number_problems("init_scale", init_scale, at_least=0)
+    return float32_problems("l2", l2, at_least=0) + float32_problems("init_scale", init_scale, at_least=0)
 
 
 def _bind(model: Model, init_scale: float, loss: Loss, inputs: Inputs, target: Target) -> BoundLinear:

@@ -13,7 +13,7 @@ import numpy as np
 
 from raysgd.errors import InputError
 from raysgd.learn.batch import Batch, Float32, Inputs, Target
-from raysgd.learn.checks import choice_problems, count_problems, number_problems
+from raysgd.learn.checks import choice_problems, count_problems, float32_problems
 from raysgd.learn.initializers import fan_in_uniform
 from raysgd.learn.losses import CrossEntropy, Logistic, Loss, Squared, TargetKind
 from raysgd.learn.models.affine import InputLayer, sum_rows
@@ -162,8 +162,8 @@ class MLP:
             _hidden_problems(self.hidden)
             + choice_problems("activation", self.activation, _GAIN)
             + choice_problems("loss", self.loss, _LOSSES)
-            + number_problems("l2", self.l2, at_least=0)
-            + number_problems("init_scale", self.init_scale, above=0)
+            + float32_problems("l2", self.l2, at_least=0)
+            + float32_problems("init_scale", self.init_scale, above=0)
         )
 
     def bind(self, inputs: Inputs, target: Target) -> ValueAndGrad:
