@@ -198,7 +198,8 @@ class Crew:
         return joined
 
     def _pulse(self) -> None:
-        """Raises ActorLostError where an actor is dead; a hung one is made so."""
+        """Raises ActorLostError where an actor is dead; a hung one is made so; RunError where the cluster is dead."""
+        self.gang.check_cluster()
         for number, worker in list(self.gang.workers.items()):
             if self.gang.hung(worker):
                 self._decide(Silent(number, self.step(), worker.pulse.silent_s))

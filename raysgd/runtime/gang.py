@@ -297,6 +297,7 @@ class Gang:
 
     def refuse_hung(self) -> None:
         """Raises ActorLostError where a worker is dead or hung; a hung one is made dead."""
+        self.check_cluster()
         for number, worker in self.workers.items():
             if self.hung(worker):
                 self.bury(worker)

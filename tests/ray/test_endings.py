@@ -233,6 +233,19 @@ def test_killed_raylet(disturbed: Any, undisturbed: Path) -> None:
     run.continues(undisturbed)
 
 
+def test_killed_gcs(disturbed: Any, undisturbed: Path) -> None:
+    """The process that knows Ray's actors dies alone: they go on, the driver does not, and says why."""
+    run = disturbed()
+    run.until_mid_segment()
+    [gcs] = [pid for pid, c in run.process.living().items() if c.split(" ")[0].endswith("/gcs_server")]
+    os.kill(gcs, signal.SIGKILL)
+    assert run.process.wait(60) == 1, run.process.text
+    status = run.ended("failed", 1)
+    assert status["message"].startswith("the local Ray cluster died (gcs_server)"), status
+    assert status["message"] in run.process.text
+    run.continues(undisturbed)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_diverged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A learning rate far too large: the step that could not be applied is named, what was good before it is kept."""
