@@ -45,6 +45,7 @@ NAMES = {
     "checkpoint.rename": "save, locally: all files are written, the checkpoint does not count yet",
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
+    "worker.start": "the actor of a worker is being made",
     "worker.compute": "a worker is about to compute a step, of a dense model",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",

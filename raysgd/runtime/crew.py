@@ -33,6 +33,7 @@ from raysgd.protocol.membership import (
     Share,
     Silent,
     Start,
+    Stillborn,
     Wait,
 )
 from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
@@ -193,6 +194,11 @@ class Crew:
     def _welcome(self) -> list[int]:
         """Tell the membership of the workers that have come; who they are."""
         joined = self.gang.joined()
+        while self.gang.stillborn:
+            why = first_line(self.gang.stillborn[0])
+            self.say(f"{why}; another one is asked for")
+            self._decide(Stillborn(why))
+            self.gang.stillborn.pop(0)
         for number in joined:
             self._decide(Joined(number, self.gang.workers[number].site))
         return joined
@@ -248,8 +254,17 @@ class Crew:
             self._find_lost(error)
 
     def _find_lost(self, error: RunError) -> None:
-        """Somebody ended for want of a server: which? Raises the error where all are alive."""
+        """Somebody is lost, and nobody said who: a server? a worker? Raises the error where all are alive."""
         found = False
+        for number, worker in list(self.gang.workers.items()) if isinstance(error, ActorLostError) else ():
+            try:
+                call([worker.actor.beat.remote()], f"worker {number}", timeout=10.0)
+            except ActorLostError:
+                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self._left(number, first_line(error))
+                found = True
+            except RunError:
+                continue  # silent: its pulse is felt as ever
         for index, server in enumerate(list(self.gang.servers)):
             try:
                 call([server.actor.beat.remote()], f"server {index}", timeout=10.0)

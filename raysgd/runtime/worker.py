@@ -127,6 +127,7 @@ class Worker:
 
     def __init__(self) -> None:
         die_with_parent()
+        failpoints.reach("worker.start")
         self.task: Task | None = None
         self.servers: Sequence[Any] = ()
         self.boards: Sequence[BoardAddress] | None = None

@@ -139,7 +139,7 @@ def test_failure(jobs: JobServer) -> None:
 
 
 def test_a_job_that_is_stopped(jobs: JobServer) -> None:
-    """``ray job stop`` in mid-run: a checkpoint, and nothing of the job ten seconds later; submitted again it goes on."""
+    """``ray job stop`` in mid-run: a checkpoint, nothing of the job ten seconds later; submitted again it goes on."""
     epochs, run = 100, jobs.storage / "stopped"
     slow = json.dumps({"env_vars": {"RAYSGD_FAILPOINTS": "worker.compute:sleep=0.004"}})
     words = ["jobs/run.toml", "--storage-path", str(jobs.storage), "--num-workers", "2", "--name", "stopped"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbing import Disturber, Said, actors
 from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd.audit import audit
@@ -23,7 +23,6 @@ from raysgd.errors import Interrupted, RunError
 from raysgd.report.progress import Silent
 from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.gang import Gang
-from raysgd.runtime.guard import descendants
 from raysgd.runtime.trainer import Result, Trainer
 from raysgd.storage import Storage
 
@@ -43,16 +42,6 @@ SETTINGS: dict[str, Any] = {
 
 #: for the workers, see `paced`
 PACE = "worker.compute:sleep=0.0001"
-
-
-class Said(Silent):
-    """Keeps what people would be told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -96,44 +85,6 @@ def fit(place: Path, name: str, workers: Any, servers: int, **settings: Any) -> 
     found = audit(Storage.open(place / "runs" / name))
     assert (found.problems, found.steps, found.rows) == ((), END, True)
     return result, said.lines
-
-
-def actors(kind: str) -> list[int]:
-    """The living actors of this class, below this process."""
-    found = []
-    for pid in descendants(os.getpid()):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes()
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if title.startswith(f"ray::{kind}".encode()) and state != "Z":
-            found.append(pid)
-    return sorted(found)
-
-
-def step_of(run: Path) -> int:
-    """Steps in the run's loss curve."""
-    lines = run / "metrics.jsonl"
-    return int(curve(run)[-1]["step"]) if lines.exists() and lines.stat().st_size else 0
-
-
-class Disturber(threading.Thread):
-    """Does something to a run while it goes on; what went wrong is raised at the end."""
-
-    def __init__(self, run: Path, what: Callable[[Callable[[int], None]], None]) -> None:
-        super().__init__()
-        self.run_directory, self.what, self.error = run, what, None
-
-    def run(self) -> None:
-        try:
-            self.what(self.until)
-        except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
-            self.error = error
-
-    def until(self, step: int) -> None:
-        """Wait until the run has come to ``step``."""
-        wait_for(f"step {step}", lambda: step_of(self.run_directory) >= step)
 
 
 @pytest.fixture
