@@ -38,6 +38,7 @@ SETTINGS = {
     "optimizer.learning_rate.decay_rate": 0.99,
     "run.log_every": 20,
     "run.checkpoint_every": 500,
+    "run.validate_every": 1000,
     "scaling.placement_timeout_s": 90,
 }
 
