@@ -27,7 +27,7 @@ needs_network()
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
-EPOCHS = 150
+EPOCHS = 100
 END = 20 * EPOCHS
 
 SETTINGS: dict[str, Any] = {
@@ -135,7 +135,7 @@ class Run:
 
     def ended(self, truth: str) -> str:
         """The bytes are those of one process, and the ledger holds; returns what was said."""
-        assert self.driver.wait(240) == 0, self.driver.text
+        assert self.driver.wait(400) == 0, self.driver.text
         status = status_of(self.directory)
         assert (status["state"], status["digest"], status["attempt"]) == ("succeeded", truth, 1), status
         found = audit(Storage.open(self.directory))

@@ -27,7 +27,7 @@ from raysgd.storage import Storage
 
 pytestmark = pytest.mark.skipif(site() is None, reason="memory is shared on x86-64 Linux only")
 
-EPOCHS = 150
+EPOCHS = 100
 END = 20 * EPOCHS
 
 #: no step takes less: on a fast machine, too, there is time to disturb a run
@@ -152,7 +152,7 @@ class Run:
 
     def ended(self, truth: str) -> str:
         """The bytes are those of one process, and the ledger holds; returns what was said."""
-        assert self.driver.wait(240) == 0, self.driver.text
+        assert self.driver.wait(400) == 0, self.driver.text
         status = status_of(self.directory)
         assert (status["state"], status["digest"]) == ("succeeded", truth), status
         found = audit(Storage.open(self.directory))
