@@ -243,7 +243,7 @@ class Crew:
             return
         for number, worker in list(self.gang.workers.items()):
             if worker.id == error.actor:
-                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
                 self._left(number, first_line(error))
                 return
         for index, server in enumerate(self.gang.servers):
@@ -260,7 +260,7 @@ class Crew:
             try:
                 call([worker.actor.beat.remote()], f"worker {number}", timeout=10.0)
             except ActorLostError:
-                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
                 self._left(number, first_line(error))
                 found = True
             except RunError:
@@ -393,6 +393,11 @@ class Crew:
         sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):
             self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
+
+
+def _for_memory(error: RunError) -> str:
+    """What people are told where Ray killed somebody for memory: it will again, unless something is done."""
+    return ", killed because its node ran out of memory" if "ran out of memory" in first_line(error) else ""
 
 
 #: why a worker whose canary differs is refused, and what to do
