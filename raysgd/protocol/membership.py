@@ -1,6 +1,7 @@
 """Who carries which virtual worker: a state machine over joins and losses, and the incarnations that fence the past.
 
-    joined | left | silent | draining | measured | committed ──Membership.handle──▶ Assign | Start | Kill | Wait | Fail
+    joined | stillborn | left | silent | draining | measured | committed
+        ──Membership.handle──▶ Assign | Start | Kill | Wait | Fail
 
 Pure: events in, decisions out; the driver carries them out. :class:`Assign` means: raise the incarnations at every
 server shard, await that, read the clocks, and start each worker where those of its run stand. Nothing else is needed to
@@ -76,6 +77,13 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Stillborn:
+    """A worker that was asked for died while it started. why: for people, names it"""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Silent:
     """A worker answers nothing and gains no CPU time. step: committed so far;  seconds: for how long"""
 
@@ -136,7 +144,7 @@ class Fail:
     why: str
 
 
-Event: TypeAlias = Joined | Left | Silent | Draining | Measured | Committed
+Event: TypeAlias = Joined | Stillborn | Left | Silent | Draining | Measured | Committed
 Decision: TypeAlias = Assign | Start | Kill | Wait | Fail
 
 
@@ -180,6 +188,9 @@ class Membership:
         self.failures = 0
         #: who is far slower than the others
         self.pace = Pace()
+        #: workers that were asked for in vain since the last that came and carried something until a commit
+        self._in_vain = 0
+        self._proven: set[int] = set()
         self._draining: set[int] = set()
         self._killed: dict[int, str] = {}
         self._begun = False
@@ -196,6 +207,9 @@ class Membership:
             return self._joined(event)
         if isinstance(event, Measured):
             return self._measured(event)
+        if isinstance(event, Stillborn):
+            self._in_vain += 1
+            return self.charge(event.why) or [Start(1, self._pause())]
         if event.worker not in self.living:
             return []
         if isinstance(event, Left):
@@ -240,10 +254,18 @@ class Membership:
         why = self._killed.pop(event.worker, event.why)
         if event.worker in self._draining:  # announced: another was asked for then
             self._draining.remove(event.worker)
+            self._proven.discard(event.worker)
             return self._deal()
+        if event.charged and event.worker not in self._proven:
+            self._in_vain += 1
+        self._proven.discard(event.worker)
         if event.charged and (failed := self.charge(f"worker {event.worker} was lost: {why}")):
             return failed
-        return [Start(1, backoff(self.failures)), *self._deal()]
+        return [Start(1, self._pause()), *self._deal()]
+
+    def _pause(self) -> float:
+        """Others make progress while workers die as they start: that forgives the losses, and does not make haste."""
+        return backoff(max(self.failures, self._in_vain))
 
     def _silent(self, event: Silent) -> list[Decision]:
         if event.worker in self._killed:
@@ -275,6 +297,10 @@ class Membership:
     def _committed(self, step: int) -> list[Decision]:
         if step > self._step:
             self.failures, self._step = 0, step
+            carriers = {a.worker for a in self.assignments}
+            if not carriers <= self._proven:
+                self._in_vain = 0
+                self._proven |= carriers
         return []
 
     def _deal(self, anew: bool = False, why: str = "") -> list[Decision]:

@@ -21,6 +21,9 @@ CALL_TIMEOUT_S = 120.0
 WATCH_S = 0.25
 
 
+#: what Ray raises where an actor is gone
+GONE = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,6 +46,10 @@ class ActorLostError(RunError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class ResultLostError(ActorLostError):
+    """Who computed a result may be alive, but the result went with the node that kept it, or with the way to it."""
 
 
 def call(
@@ -72,14 +79,31 @@ def result(ref: Any, what: str) -> Any:
     """The result of a call that has ended; raises as :func:`call` does."""
     try:
         return ray.get(ref)
-    except ray.exceptions.RayActorError as error:
-        raise ActorLostError(f"{what}: an actor died\n{error}", error.actor_id) from error
+    except GONE as error:
+        raise lost(what, error) from error
+    except ray.exceptions.ObjectLostError as error:
+        raise ResultLostError(f"{what}: Ray lost the result\n{error}") from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaysgdError):
             raise error.cause from None
-        if isinstance(error.cause, ray.exceptions.RayActorError):  # one that the actor had called
-            raise ActorLostError(f"{what}: an actor died\n{error.cause}", error.cause.actor_id) from error
+        if isinstance(error.cause, GONE):  # one that the actor had called
+            raise lost(what, error.cause) from error
         raise RunError(f"{what}: {error.cause!r}\n{_ANSI.sub('', str(error))}") from error
+
+
+def lost(what: str, error: Exception, actor: str | None = None) -> ActorLostError:
+    """What is raised where Ray says, by ``error``, that an actor is gone. actor: its id, where the caller knows it
+
+    >>> print(lost("training, worker 1", ray.exceptions.OutOfMemoryError("used 9 of 8 GB")))
+    training, worker 1: killed by Ray, because its node ran out of memory
+    used 9 of 8 GB
+    """
+    how, said = "an actor died", _ANSI.sub("", str(error))
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        how = "killed by Ray, because its node ran out of memory"
+    elif isinstance(error, ray.exceptions.ActorDiedError) and "creation task" in said:
+        how = f"an actor failed: {said.strip().splitlines()[-1]}"
+    return ActorLostError(f"{what}: {how}\n{said}", actor or getattr(error, "actor_id", None))
 
 
 def first_line(error: Exception) -> str:

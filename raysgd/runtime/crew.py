@@ -34,9 +34,10 @@ from raysgd.protocol.membership import (
     Share,
     Silent,
     Start,
+    Stillborn,
     Wait,
 )
-from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
+from raysgd.runtime.calls import WATCH_S, ActorLostError, ResultLostError, call, first_line, gather, result
 from raysgd.runtime.drain import Notices
 from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
 from raysgd.runtime.place import by_node
@@ -222,12 +223,18 @@ class Crew:
     def _welcome(self) -> list[int]:
         """Tell the membership of the workers that have come; who they are."""
         joined = self.gang.joined()
+        while self.gang.stillborn:
+            why = first_line(self.gang.stillborn[0])
+            self.say(f"{why}; another one is asked for")
+            self._decide(Stillborn(why))
+            self.gang.stillborn.pop(0)
         for number in joined:
             self._decide(Joined(number, self.gang.workers[number].site))
         return joined
 
     def _pulse(self) -> None:
-        """Raises ActorLostError where an actor is dead; a hung one is made so."""
+        """Raises ActorLostError where an actor is dead; a hung one is made so; RunError where the cluster is dead."""
+        self.gang.check_cluster()
         for number, worker in list(self.gang.workers.items()):
             if self.gang.hung(worker):
                 self._decide(Silent(number, self.step(), worker.pulse.silent_s))
@@ -275,7 +282,7 @@ class Crew:
             return
         for number, worker in list(self.gang.workers.items()):
             if worker.id == error.actor:
-                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
                 self._left(number, first_line(error))
                 return
         for index, server in enumerate(self.gang.servers):
@@ -286,23 +293,39 @@ class Crew:
             self._find_lost(error)
 
     def _find_lost(self, error: RunError) -> None:
-        """Somebody ended for want of a server: which? Raises the error where all are alive."""
+        """Somebody is lost, and nobody said who: a server? a worker? Raises the error where all are alive."""
         found = False
+        for number, worker in list(self.gang.workers.items()) if isinstance(error, ActorLostError) else ():
+            try:
+                call([worker.actor.beat.remote()], f"worker {number}", timeout=10.0)
+            except ActorLostError:
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
+                self._left(number, first_line(error))
+                found = True
+            except RunError:
+                continue  # silent: its pulse is felt as ever
         for index, server in enumerate(list(self.gang.servers)):
             try:
                 call([server.actor.beat.remote()], f"server {index}", timeout=10.0)
             except RunError as lost:
                 self._server_lost(index, lost)
                 found = True
-        if not found:
+        if not found and not isinstance(error, ResultLostError):
             raise error
+        if not found:  # it is asked for again
+            self._charge(first_line(error))
 
-    def _server_lost(self, index: int, error: RunError) -> None:
-        announced = self.notices.concern(site := self.gang.servers[index].site)
-        charged = self._charges(site)
-        for decision in self.membership.charge(f"server {index} was lost: {first_line(error)}") if charged else []:
+    def _charge(self, why: str, site: str | None = None) -> None:
+        """Count a loss, unless one of the same moment was counted or it was announced; raises RunError where it is one
+        too many."""
+        for decision in self.membership.charge(why) if self._charges(site) else []:
             assert isinstance(decision, Fail)
             raise RunError(decision.why)
+
+    def _server_lost(self, index: int, error: RunError) -> None:
+        site = self.gang.servers[index].site
+        announced = self.notices.concern(site)
+        self._charge(f"server {index} was lost: {first_line(error)}", site)
         self._stop_runs()
         self._due = True
         if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
@@ -420,6 +443,11 @@ class Crew:
         sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):
             self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
+
+
+def _for_memory(error: RunError) -> str:
+    """What people are told where Ray killed somebody for memory: it will again, unless something is done."""
+    return ", killed because its node ran out of memory" if "ran out of memory" in first_line(error) else ""
 
 
 #: why a worker whose canary differs is refused, and what to do

@@ -15,10 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
 from raysgd.runtime.board import BoardAddress
-from raysgd.runtime.calls import WATCH_S, ActorLostError, call
+from raysgd.runtime.calls import GONE, WATCH_S, ActorLostError, call, lost, result
 from raysgd.runtime.place import here, relay_hosts
 from raysgd.runtime.process import Process
-from raysgd.runtime.pulse import Pulse
+from raysgd.runtime.pulse import SUSPECT_S, Pulse
 from raysgd.runtime.server import Place, ServerActor
 from raysgd.runtime.session import SINGLE_THREADED
 from raysgd.runtime.worker import WorkerActor
@@ -96,6 +96,8 @@ class Gang:
         self._numbers = 0
         #: by when workers are asked for: how many
         self._later: list[tuple[float, int]] = []
+        #: why workers died while they started, until somebody has been told
+        self.stillborn: list[ActorLostError] = []
 
     # -- placing
 
@@ -147,7 +149,7 @@ class Gang:
         self._later.append((time.monotonic() + after_s, count))
 
     def joined(self) -> list[int]:
-        """The workers that have come since; asks for those whose time has come."""
+        """The workers that have come since (``stillborn``: that died instead); asks for those whose time has come."""
         now = time.monotonic()
         due = [count for when, count in self._later if when <= now]
         self._later = [(when, count) for when, count in self._later if when > now]
@@ -157,17 +159,24 @@ class Gang:
         for number, asked in list(self.asked.items()):
             done, _ = ray.wait(asked.ready, num_returns=len(asked.ready), timeout=0)
             if len(done) == len(asked.ready):
-                found.append(self._adopt(number))
+                try:
+                    self._adopt(number)
+                except ActorLostError as error:
+                    self.stillborn.append(error)
+                else:
+                    found.append(number)
         return found
 
-    def _adopt(self, number: int) -> int:
+    def _adopt(self, number: int) -> None:
+        """Take in a worker that is there; raises ActorLostError where it died while it started."""
         asked = self.asked.pop(number)
         try:
-            process, site = call(asked.ready, "starting a worker")
-        except ActorLostError:  # died while it started: whoever counts losses is told as of any other
-            process, site = Process(0, ""), None
+            process, site = call(asked.ready, f"starting worker {number}")
+        except ActorLostError:
+            if number in self._bundle_of:
+                self._free.append(self._bundle_of.pop(number))
+            raise
         self.workers[number] = Member(asked.actor, process, site)
-        return number
 
     # -- the servers
 
@@ -326,11 +335,12 @@ class Gang:
         """Whether the actor is hung. Raises ActorLostError where it is dead."""
         try:
             return member.pulse.look(member.actor.beat.remote, partial(self._cpu_ticks, member))
-        except ray.exceptions.RayActorError as error:
-            raise ActorLostError(f"it died\n{error}", member.id) from error
+        except GONE as error:
+            raise lost("no sign of life", error, member.id) from error
 
     def refuse_hung(self) -> None:
         """Raises ActorLostError where a worker is dead or hung; a hung one is made dead."""
+        self.check_cluster()
         for number, worker in self.workers.items():
             if self.hung(worker):
                 self.bury(worker)
@@ -352,9 +362,10 @@ class Gang:
         return None
 
     def neighbours(self, member: Member) -> list[Member]:
-        """Other actors of the same node."""
+        """Other actors of the same node, as far as they answer: who waits for a node that is gone waits in vain."""
         everyone = [*self.servers, *self.spares.values(), *self.replicas.values(), *self.workers.values()]
-        return [m for m in everyone if m is not member and m.site is not None and m.site == member.site]
+        near = [m for m in everyone if m is not member and m.site is not None and m.site == member.site]
+        return [m for m in near if m.pulse.silent_s < SUSPECT_S]
 
     def close(self) -> None:
         members = (*self.workers.values(), *self.servers, *self.spares.values(), *self.replicas.values())
@@ -429,6 +440,7 @@ class Gang:
     def _await_placed(self, servers: Sequence[Any], deadline: float) -> None:
         scaling = self.scaling
         pids = [*(a.ready[0] for a in self.asked.values()), *(actor.process.remote() for actor in servers)]
+        names = [*(f"worker {n}" for n in self.asked), *(f"server {i}" for i in range(len(servers)))]
         ready, pending = ray.wait(pids, num_returns=len(pids), timeout=max(0.0, deadline - time.monotonic()))
         if pending:
             free = free_cpus()
@@ -439,7 +451,8 @@ class Gang:
                 f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}; "
                 f"{free}. Ask for fewer, or wait until other jobs end"
             )
-        call(ready, "starting the actors")
+        for ref, name in zip(pids, names, strict=True):
+            result(ref, f"starting {name}")
 
 
 def free_cpus() -> str:

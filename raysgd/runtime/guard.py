@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,10 +58,38 @@ def watch(lines: Iterable[bytes]) -> None:
             return
         fields = line.decode().split()
         charges.append((int(fields[0]), fields[1]))
+    take_along(charges)
+
+
+def take_along(charges: Sequence[tuple[int, str]]) -> None:
+    """Kill the processes that are still the same, and what the raylets among them were just starting.
+
+    A worker that has not begun yet does not know whom to die with, and waits for a raylet that is dead. It is told from
+    others by its environment; the second look finds what was being forked during the first.
+    """
     for pid, started in charges:
-        with suppress(ProcessLookupError):
-            if _started(pid) == started:
-                os.kill(pid, signal.SIGKILL)
+        _kill(pid, started)
+    for pause in (0.0, 0.5):
+        time.sleep(pause)
+        for pid in started_by({pid for pid, _ in charges}):
+            _kill(pid, _started(pid))
+
+
+def started_by(raylets: set[int]) -> list[int]:
+    """The living processes of which the environment says that one of these raylets started them."""
+    marks = {f"RAY_RAYLET_PID={pid}".encode() for pid in raylets}
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or somebody else's
+            if marks.intersection((directory / "environ").read_bytes().split(b"\0")):
+                found.append(int(directory.name))
+    return found
+
+
+def _kill(pid: int, started: str | None) -> None:
+    with suppress(ProcessLookupError):
+        if started is not None and _started(pid) == started:
+            os.kill(pid, signal.SIGKILL)
 
 
 def _started(pid: int) -> str | None:

@@ -8,9 +8,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ray._private import worker as ray_worker
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
 from raysgd.learn.checks import address_problems
-from raysgd.runtime.guard import descendants, guarded
+from raysgd.runtime.guard import descendants, guarded, take_along
 from raysgd.runtime.process import Process
 
 #: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
@@ -33,12 +33,16 @@ SINGLE_THREADED = dict.fromkeys(
 class Session:
     """The cluster in use. ``started`` says whether it is ours to shut down; ``notes`` are lines for the user.
 
-    raylet: Ray's own process on this node, where we started it and the system tells
+    own: Ray's own processes by name, where we started them and the system tells
     """
 
     started: bool
     notes: tuple[str, ...] = ()
-    raylet: Process | None = None
+    own: Mapping[str, Process] = field(default_factory=dict)
+
+    def dead(self) -> list[str]:
+        """Of Ray's own processes those that died."""
+        return [name for name, process in self.own.items() if not process.alive()]
 
     def memory(self) -> list[int]:
         """Bytes that each node can give: where the cluster is ours what is free, else what Ray counts on."""
@@ -47,9 +51,13 @@ class Session:
         return [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
 
     def check(self) -> None:
-        """Raises RunError where our own cluster is dead: nobody comes back then."""
-        if self.raylet is not None and not self.raylet.alive():
-            raise RunError("the local Ray cluster died; the same command starts another one and continues")
+        """Raises RunError where our own cluster is dead: nobody comes back then.
+
+        Without its ``gcs_server`` actors go on, but nobody new can come, and Ray ends this process within a minute.
+        """
+        if dead := self.dead():
+            died = f"the local Ray cluster died ({', '.join(dead)})"
+            raise RunError(f"{died}; the same command starts another one and continues")
 
 
 def will_start(address: str | None) -> bool:
@@ -85,25 +93,37 @@ def session(cpus: float, address: str | None = None) -> Iterator[Session]:
         finally:
             ray.shutdown()
         return
+    before = _below()
     notes = _start(cpus)
+    rest = [Process.of(pid) for pid in _below() - before]
     with guarded():
+        cluster = Session(started=True, notes=notes, own=_own(rest))
         try:
-            yield Session(started=True, notes=notes, raylet=_raylet())
+            yield cluster
         finally:
             with _undisturbed():
+                died = cluster.dead()
                 ray.shutdown()
+                if died:  # Ray's agents hang in reports to who is dead
+                    take_along([(process.pid, process.started) for process in rest])
 
 
-def _raylet() -> Process | None:
-    """The raylet below this process."""
-    for pid in descendants(os.getpid()) if sys.platform == "linux" else ():
+def _below() -> set[int]:
+    """The processes that descend from this one; none where the system does not tell."""
+    return descendants(os.getpid()) if sys.platform == "linux" else set()
+
+
+def _own(processes: Iterable[Process]) -> dict[str, Process]:
+    """Of these the ones without which no cluster is, by name."""
+    found = {}
+    for process in processes:
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if command[0].endswith(b"/raylet"):
-            return Process.of(pid)
-    return None
+        if (name := command[0].rpartition(b"/")[2].decode(errors="replace")) in ("raylet", "gcs_server"):
+            found[name] = process
+    return found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
+from raysgd.protocol.membership import backoff
 from raysgd.report import metrics_log, status
 from raysgd.report.curve import Curve
 from raysgd.report.metrics_log import MetricsLog
@@ -230,6 +232,7 @@ class Trainer:
                     charge = int(getattr(lost, "charged", True))  # a node that goes as announced is no loss
                     losses = charge if again.step > begin.step else losses + charge
                     begin, plan = self._back(again, begin, losses, lost)
+                    time.sleep(0.0 if isinstance(lost, DivergedError) else backoff(losses))
         except KeyboardInterrupt as error:
             code = getattr(error, "exit_code", 130)
             saved = keeper.status.step

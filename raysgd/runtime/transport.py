@@ -15,6 +15,7 @@ import ray
 from raysgd.errors import RunError
 from raysgd.learn.batch import Float32
 from raysgd.protocol.messages import Reply, Request
+from raysgd.runtime.calls import GONE
 
 #: seconds between two looks whether to stop
 LOOK_S = 0.1
@@ -77,7 +78,7 @@ class ActorCalls:
             return [reply for answer in ray.get(done) for reply in answer]
         except ray.exceptions.ActorUnavailableError:
             return None
-        except ray.exceptions.RayActorError as error:
+        except GONE as error:
             raise ServerLostError(f"a server actor died: {error}") from error
 
     def _answered(self, wait: bool) -> list[Any]:

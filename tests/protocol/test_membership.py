@@ -27,6 +27,7 @@ from raysgd.protocol.membership import (
     Share,
     Silent,
     Start,
+    Stillborn,
     Wait,
     deal,
 )
@@ -60,6 +61,8 @@ def without_assign(decisions: Sequence[Decision]) -> list[Decision]:
 # -- the table: how many begin, how many carry; events; what the last decides besides Assign; who then carries what
 
 HALVES = [(0, 0, 4), (1, 4, 8)]
+#: three that die while they start, each followed by progress
+DYING = [event for step in (2, 3, 4) for event in (Stillborn("died"), Committed(step))]
 TABLE = {
     "too few to begin": (3, 3, joined(0, 1), [], None),
     "enough to begin": (2, 2, joined(0, 1), [], HALVES),
@@ -118,6 +121,28 @@ TABLE = {
     "unknown workers change nothing": (1, 8, [*joined(0), Left(5, "gone")], [], None),
     "a joined one joins": (1, 8, joined(0, 0), [], None),
     "progress": (1, 8, [*joined(0), Committed(5)], [], None),
+    "one dies while it starts": (2, 2, [*joined(0, 1), Left(0, "gone"), Stillborn("2 died")], [Start(1, 1.0)], None),
+    "and again, while another makes progress": (
+        2,
+        2,
+        [*joined(0, 1), Committed(1), Left(0, "gone"), *DYING, Stillborn("5 died")],
+        [Start(1, 4.0)],
+        None,
+    ),
+    "one that came and died before it had done anything is no better": (
+        2,
+        2,
+        [*joined(0, 1), Committed(1), Left(0, "gone"), Stillborn("x"), Committed(2), Joined(2), Left(2, "gone")],
+        [Start(1, 1.0)],
+        [(1, 0, 8)],
+    ),
+    "one that took part makes up for those that did not": (
+        2,
+        2,
+        [*joined(0, 1), Committed(1), Left(0, "gone"), Stillborn("x"), Joined(2), Committed(2), Left(2, "gone")],
+        [Start(1, 0.0)],
+        [(1, 0, 8)],
+    ),
     "more than can carry": (1, 20, joined(*range(9)), [], None),
 }
 
@@ -217,8 +242,8 @@ def test_replacements_come_later_and_later_but_not_never() -> None:
         waits.append(start.after_s)
     assert waits[:4] == [0.0, 1.0, 2.0, 4.0]
     assert waits[-1] == max(waits) == LONGEST_BACKOFF_S
-    membership.handle(Committed(1))
     membership.handle(Joined(2000))
+    membership.handle(Committed(1))
     assert membership.handle(Left(2000, "gone")) == [Start(1), Wait(0)]
 
 

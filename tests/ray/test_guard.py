@@ -63,3 +63,20 @@ def test_another_process_of_the_same_pid_is_spared(sleeper: subprocess.Popen[byt
     assert sleeper.poll() is None
     watch([line_of(sleeper.pid)])
     assert sleeper.wait(10) == -9
+
+
+def test_what_a_dead_raylet_was_starting_goes_too(sleeper: subprocess.Popen[bytes]) -> None:
+    """Told by the environment that Ray gives its workers; that of another raylet stays."""
+    mine, other = (
+        subprocess.Popen(["sleep", "1000"], env={"RAY_RAYLET_PID": str(pid), "PATH": os.environ["PATH"]})
+        for pid in (sleeper.pid, sleeper.pid + 1)
+    )
+    try:
+        wait_for("its program", lambda: Path(f"/proc/{mine.pid}/cmdline").read_bytes().startswith(b"sleep"))
+        watch([line_of(sleeper.pid)])
+        assert (sleeper.wait(10), mine.wait(10)) == (-9, -9)
+        assert other.poll() is None
+    finally:
+        for process in (mine, other):
+            process.kill()
+            process.wait()

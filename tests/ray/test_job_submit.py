@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ray_runs import ROOT, Marked, one_process_digests, spec_of, status_of, wait_for, write_table
+from ray_runs import ROOT, Marked, curve, one_process_digests, spec_of, status_of, wait_for, write_table
+
+from raysgd import checkpoint
+from raysgd.storage import Storage
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+#: what the actors of a job call themselves
+ACTORS = ("ray::Worker", "ray::Server", "ray::JobSupervisor")
+
+FREE = """
+import ray
+ray.init(logging_level="error", log_to_driver=False)
+print(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+"""
 
 
 def free_ports(n: int) -> list[int]:
@@ -35,13 +48,33 @@ class JobServer:
     address: str
     working_dir: Path
     storage: Path
+    #: Ray's own processes, and all that they start
+    head: Marked
+    #: where Ray's programs join
+    gcs: str
 
-    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+    def submit(self, *arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        job = ["--working-dir", ".", *options, "--", "python", "jobs/train.py", *arguments]
+        return self.ray("job", "submit", *job)
+
+    def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The command ``ray`` with these words, as a user of this job server would give it."""
         environment = {**os.environ, "RAY_ADDRESS": self.address}
         return subprocess.run(
-            command, cwd=self.working_dir, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+            [*RAY, *words], cwd=self.working_dir, env=environment, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+
+    def of_jobs(self) -> list[str]:
+        """The living drivers and actors of jobs."""
+        return [c for c in self.head.living().values() if "jobs/train.py" in c or c.startswith(ACTORS)]
+
+    def all_is_free(self) -> bool:
+        """Whether no CPU of the cluster is taken, as one who joins it sees it."""
+        environment = {**os.environ, "RAY_ADDRESS": self.gcs, "RAY_AUTH_MODE": "disabled"}
+        words = [sys.executable, "-c", FREE]
+        found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        return found.stdout.strip() == "True"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +96,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
         place,
         {"PATH": path, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""},
     )  # fmt: skip
-    server = JobServer(f"http://127.0.0.1:{ports['dashboard-port']}", working_dir, place / "runs")
+    address, gcs = f"http://127.0.0.1:{ports['dashboard-port']}", f"127.0.0.1:{ports['port']}"
+    server = JobServer(address, working_dir, place / "runs", head, gcs)
     try:
         wait_for("the job server", lambda: _answers(server.address), timeout=90)
         yield server
@@ -102,6 +136,32 @@ def test_failure(jobs: JobServer) -> None:
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert "diverged" in status["message"]
     assert status["message"] in done.stdout + done.stderr
+
+
+def test_a_job_that_is_stopped(jobs: JobServer) -> None:
+    """``ray job stop`` in mid-run: a checkpoint, nothing of the job ten seconds later; submitted again it goes on."""
+    epochs, run = 100, jobs.storage / "stopped"
+    slow = json.dumps({"env_vars": {"RAYSGD_FAILPOINTS": "worker.compute:sleep=0.004"}})
+    words = ["jobs/run.toml", "--storage-path", str(jobs.storage), "--num-workers", "2", "--name", "stopped"]
+    sets = ["--set", f"train.epochs={epochs}", "--set", "optimizer.learning_rate.decay_rate=0.99"]
+    began = jobs.submit(*words, *sets, options=["--no-wait", "--submission-id", "stopped", "--runtime-env-json", slow])
+    assert began.returncode == 0, began.stdout + began.stderr
+    wait_for("some steps", lambda: (run / "metrics.jsonl").exists() and curve(run)[-1]["step"] > 100)
+    stopped = jobs.ray("job", "stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    wait_for("the end of the job's processes", lambda: not jobs.of_jobs(), 10)
+    wait_for("free CPUs", jobs.all_is_free, 10)
+    status = status_of(run)
+    assert (status["state"], status["exit_code"]) == ("interrupted", 143), status
+    assert 100 < status["step"] < 20 * epochs
+    last = checkpoint.load(Storage.open(run), "last")
+    assert (last.step, last.digest(), last.skipped) == (status["step"], status["digest"], ())
+    again = jobs.submit(*words, *sets)
+    assert again.returncode == 0, again.stdout + again.stderr
+    spec = spec_of(jobs.working_dir.parent, train__epochs=epochs, optimizer__learning_rate__decay_rate=0.99)
+    status = status_of(run)
+    assert (status["state"], status["attempt"]) == ("succeeded", 2)
+    assert status["digest"] == one_process_digests(spec, [20 * epochs])[20 * epochs]
 
 
 def test_a_storage_path_inside_the_working_directory_is_refused(jobs: JobServer) -> None:

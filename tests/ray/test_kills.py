@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbing import Disturber, Said, actors
 from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd.audit import audit
@@ -23,7 +23,6 @@ from raysgd.errors import Interrupted, RunError
 from raysgd.report.progress import Silent
 from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.gang import Gang
-from raysgd.runtime.guard import descendants
 from raysgd.runtime.trainer import Result, Trainer
 from raysgd.storage import Storage
 
@@ -43,16 +42,6 @@ SETTINGS: dict[str, Any] = {
 
 #: for the workers, see `paced`
 PACE = "worker.compute:sleep=0.0001"
-
-
-class Said(Silent):
-    """Keeps what people would be told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -98,44 +87,6 @@ def fit(place: Path, name: str, workers: Any, servers: int, **settings: Any) -> 
     return result, said.lines
 
 
-def actors(kind: str) -> list[int]:
-    """The living actors of this class, below this process."""
-    found = []
-    for pid in descendants(os.getpid()):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes()
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if title.startswith(f"ray::{kind}".encode()) and state != "Z":
-            found.append(pid)
-    return sorted(found)
-
-
-def step_of(run: Path) -> int:
-    """Steps in the run's loss curve."""
-    lines = run / "metrics.jsonl"
-    return int(curve(run)[-1]["step"]) if lines.exists() and lines.stat().st_size else 0
-
-
-class Disturber(threading.Thread):
-    """Does something to a run while it goes on; what went wrong is raised at the end."""
-
-    def __init__(self, run: Path, what: Callable[[Callable[[int], None]], None]) -> None:
-        super().__init__()
-        self.run_directory, self.what, self.error = run, what, None
-
-    def run(self) -> None:
-        try:
-            self.what(self.until)
-        except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
-            self.error = error
-
-    def until(self, step: int) -> None:
-        """Wait until the run has come to ``step``."""
-        wait_for(f"step {step}", lambda: step_of(self.run_directory) >= step)
-
-
 @pytest.fixture
 def disturb(place: Path) -> Iterator[Callable[[str, Any], None]]:
     """Starts a disturber of the run that is named."""
@@ -177,6 +128,8 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
         "worker.compute@700:kill",
         "worker.computed@700:kill",
         "worker.pushed@700:kill",
+        "worker.score@5000:kill",
+        "server.snapshot@7000:kill",
         "server.applied@5000:kill",
         "server.published@5000:kill",
     ],
@@ -184,7 +137,7 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
 def test_a_kill_at_every_point_of_a_step(
     place: Path, truth: str, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    """One worker or server, wherever in a step it dies: nothing is lost, nothing counts twice."""
+    """One worker or server, wherever in a step, a validation, a checkpoint: nothing is lost, nothing counts twice."""
     kind, options, asked = order.partition(".")[0], Gang._options, []
 
     def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
@@ -399,6 +352,36 @@ def test_an_interrupt_is_heard_while_a_server_is_dead(place: Path, monkeypatch: 
         with pytest.raises(Interrupted, match="the same command continues from the checkpoint of step 3,500"):
             fit(place, "heard", 2, 2)
     assert status_of(place / "runs" / "heard")["state"] == "interrupted"
+
+
+def test_sigterm_while_all_go_back(
+    place: Path, undisturbed: Any, truth: str, disturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's state is lost; while others are placed for the return the run is told to end, and is continued."""
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 1e9)
+
+    def what(until: Callable[[int], None]) -> None:
+        until(5000)
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    place_actors, placed = Gang.place, []
+
+    def told(self: Gang) -> None:
+        placed.append(self)
+        if len(placed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        place_actors(self)
+
+    disturb("told", what)
+    with monkeypatch.context() as patched:
+        patched.setattr(Gang, "place", told)
+        with pytest.raises(Interrupted, match="the same command continues from the checkpoint of step 3,500") as ended:
+            fit(place, "told", 2, 2)
+    assert ended.value.exit_code == 143
+    assert status_of(place / "runs" / "told")["state"] == "interrupted"
+    result, _ = fit(place, "told", 2, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "told") == undisturbed
 
 
 def test_a_worker_that_hangs_in_the_statistics_pass_is_noticed(

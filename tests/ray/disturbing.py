@@ -1,0 +1,66 @@
+"""What disturbs a run while it goes on: a thread beside it that waits for a step and then kills, stops or adds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ray_runs import curve, wait_for
+
+from raysgd.report.progress import Silent
+from raysgd.runtime.guard import descendants
+
+
+class Said(Silent):
+    """Keeps what people would be told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def actors(kind: str) -> list[int]:
+    """The living actors of this class, below this process."""
+    return living(kind, os.getpid())
+
+
+def living(kind: str, above: int) -> list[int]:
+    """The living actors of this class, below a process."""
+    found = []
+    for pid in descendants(above):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if title.startswith(f"ray::{kind}".encode()) and state != "Z":
+            found.append(pid)
+    return sorted(found)
+
+
+def step_of(run: Path) -> int:
+    """Steps in the run's loss curve."""
+    lines = run / "metrics.jsonl"
+    return int(curve(run)[-1]["step"]) if lines.exists() and lines.stat().st_size else 0
+
+
+class Disturber(threading.Thread):
+    """Does something to a run while it goes on; what went wrong is raised at the end."""
+
+    def __init__(self, run: Path, what: Callable[[Callable[[int], None]], None]) -> None:
+        super().__init__()
+        self.run_directory, self.what, self.error = run, what, None
+
+    def run(self) -> None:
+        try:
+            self.what(self.until)
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
+            self.error = error
+
+    def until(self, step: int) -> None:
+        """Wait until the run has come to ``step``."""
+        wait_for(f"step {step}", lambda: step_of(self.run_directory) >= step)
