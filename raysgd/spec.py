@@ -14,6 +14,7 @@ from numbers import Integral
 from pathlib import PurePath
 from typing import Any
 
+from raysgd.capacity import Resources, resource_problems, total
 from raysgd.data.dataset import ArrowDataset
 from raysgd.learn.checks import choice_problems, count_problems, number_problems, shown
 from raysgd.learn.models import MLP, FactorizationMachine, HashedLogisticRegression
@@ -98,6 +99,8 @@ class ScalingConfig:
         the run goes on
     num_servers: Ray actors that hold the parameters
     worker_cpus, server_cpus: logical CPUs that each of them asks for
+    worker_resources, server_resources: what else each of them asks for: Ray's resources by name and amount. Nodes that
+        alone have one keep others out: servers on machines that stay, workers on those that come and go
     cache_bytes: decoded rows that each worker keeps in memory, bytes
     placement_timeout_s: seconds to wait for an existing cluster to place the actors
 
@@ -111,6 +114,8 @@ class ScalingConfig:
     num_servers: int = 1
     worker_cpus: float = 1.0
     server_cpus: float = 0.5
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    server_resources: dict[str, float] = field(default_factory=dict)
     cache_bytes: int = 268_435_456
     placement_timeout_s: float = 25.0
 
@@ -133,6 +138,25 @@ class ScalingConfig:
         """Logical CPUs that the actors of a run ask for together at the least."""
         return self.least_workers * self.worker_cpus + self.num_servers * self.server_cpus
 
+    @property
+    def asks(self) -> dict[str, list[Resources]]:
+        """What each actor asks for at the least, by kind.
+
+        >>> ScalingConfig(num_workers=(1, 4), server_resources={"stays": 0.001}).asks
+        {'worker': [{'CPU': 1.0}], 'server': [{'CPU': 0.5, 'stays': 0.001}]}
+        """
+        worker, server = (
+            {"CPU": self.worker_cpus, **self.worker_resources},
+            {"CPU": self.server_cpus, **self.server_resources},
+        )
+        return {"worker": [worker] * self.least_workers, "server": [server] * self.num_servers}
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What the actors ask for together besides CPUs, workers that may come later included."""
+        most = [self.worker_resources] * self.most_workers
+        return total([*most, *[self.server_resources] * self.num_servers])
+
     def problems(self) -> list[str]:
         """One sentence for each violation."""
         return [
@@ -140,6 +164,8 @@ class ScalingConfig:
             *count_problems("num_servers", self.num_servers),
             *_cpu_problems("worker_cpus", self.worker_cpus),
             *_cpu_problems("server_cpus", self.server_cpus),
+            *resource_problems("worker_resources", self.worker_resources),
+            *resource_problems("server_resources", self.server_resources),
             *count_problems("cache_bytes", self.cache_bytes, at_least=0),
             *number_problems("placement_timeout_s", self.placement_timeout_s, above=0),
         ]

@@ -8,14 +8,14 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
-from raysgd.errors import InputError, RunError
+from raysgd.errors import RunError
 from raysgd.runtime.guard import descendants, guarded
 from raysgd.runtime.process import Process
 
@@ -43,27 +43,27 @@ class Session:
 
 
 @contextmanager
-def session(cpus: float, address: str | None = None) -> Iterator[Session]:
+def session(cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
     """A connected Ray for the duration of the block.
 
     An initialised Ray is used as it is; else ``address``, else ``RAY_ADDRESS``; else a local cluster is started
-    with as many logical CPUs as are asked for, and shut down at the end. Raises InputError where an existing
-    cluster is too small, with what was asked and what there is.
+    with as many logical CPUs as are asked for, and shut down at the end. Whether an existing one has room is not
+    looked at here.
+
+    resources: others than CPUs that a cluster of our own is to have, by name
     """
     if ray.is_initialized():
-        _refuse_too_small(cpus)
         yield Session(started=False)
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None and address != "local":
         _connect(address)
         try:
-            _refuse_too_small(cpus)
             yield Session(started=False, notes=(f"joined the Ray cluster at {address}",))
         finally:
             ray.shutdown()
         return
-    notes = _start(cpus)
+    notes = _start(cpus, resources or {})
     with guarded():
         try:
             yield Session(started=True, notes=notes, raylet=_raylet())
@@ -106,7 +106,7 @@ def _connect(address: str) -> None:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 
 
-def _start(cpus: float) -> tuple[str, ...]:
+def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
     asked = max(1, math.ceil(cpus))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     notes = [f"started a local Ray cluster with {asked} logical CPUs"]
@@ -117,17 +117,9 @@ def _start(cpus: float) -> tuple[str, ...]:
         )
     _private_token()
     _one_error_only()
-    ray.init("local", num_cpus=asked, include_dashboard=False, log_to_driver=False, logging_level="error")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init("local", num_cpus=asked, resources=dict(resources), **options)
     return tuple(notes)
-
-
-def _refuse_too_small(cpus: float) -> None:
-    total = float(ray.cluster_resources().get("CPU", 0.0))
-    if cpus > total:
-        raise InputError(
-            f"the run asks for {cpus:g} CPUs and the Ray cluster has {total:g} in all: "
-            "lower scaling.num_workers, scaling.worker_cpus or scaling.server_cpus, or add nodes"
-        )
 
 
 def _one_error_only() -> None:
