@@ -1,4 +1,4 @@
-"""``raysgd``: train, evaluate, predict, plot, inspect, digest.
+"""``raysgd``: train, evaluate, predict, plot, inspect, audit, digest, up-check.
 
 Each command prints for people, and with ``--json`` one JSON object on standard output (errors too, as
 ``{"error": [sentences]}``) and everything else on standard error. Exit codes: 0 well, 1 a run failed, 2 bad input,
@@ -294,6 +294,25 @@ def digest(run: str) -> Outcome:
     found = checkpoint.load(Storage.open(find_run(run)), "last")
     _tell_skipped(found.skipped)
     return {"digest": found.digest(), "step": found.step, "checkpoint": found.path}, summary.digest
+
+
+@cli.command(name="up-check")
+@click.option("--address", help="The Ray cluster to look at. Default: the one around this process, or a new one.")
+@click.option("--storage-path", metavar="DIR", default="runs", help="Where runs will lie: a directory or a URI.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def up_check(address: str | None, storage_path: str, as_json: bool) -> int:
+    """Check a cluster before a run: versions, storage, authentication, memory, clocks, processors.
+
+    One line each, with what to do; the exit code is 1 where one is an error.
+    """
+    from raysgd.runtime.look import look
+    from raysgd.upcheck import failed, judge
+
+    with contextlib.redirect_stdout(sys.stderr):
+        lines = judge(look(storage_path, address))
+    checks = [asdict(line) for line in lines]
+    click.echo(json.dumps({"checks": checks}) if as_json else "\n".join(map(str, lines)))
+    return FAILED if failed(lines) else OK
 
 
 def find_run(run: str) -> str:

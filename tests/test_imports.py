@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Each room of the package (a folder or a file) and the other rooms that it may import. docs/architecture.md draws it.
 ROOMS: dict[str, set[str]] = {"errors": set()}
 ROOMS["learn"] = {"errors"}
+ROOMS["upcheck"] = {"errors"}
 ROOMS["capacity"] = {"errors", "learn"}
 ROOMS["data"] = ROOMS["protocol"] = {"errors", "learn"}
 ROOMS["storage"] = {"errors"}
@@ -41,6 +42,7 @@ ROOMS["__main__"] = {"cli"}
 OUTSIDE = {
     "errors": set(),
     "capacity": set(),
+    "upcheck": set(),
     "failpoints": set(),
     "learn": {"numpy"},
     "protocol": {"numpy"},

@@ -18,6 +18,7 @@ import ray
 from raysgd.errors import RunError
 from raysgd.runtime.guard import descendants, guarded
 from raysgd.runtime.process import Process
+from raysgd.runtime.token import refuse_strangers
 
 #: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
 SINGLE_THREADED = dict.fromkeys(
@@ -100,9 +101,10 @@ def _undisturbed() -> Iterator[None]:
 
 def _connect(address: str) -> None:
     _one_error_only()
+    refuse_strangers(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 
 

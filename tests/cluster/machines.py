@@ -35,6 +35,28 @@ FIRST = "sleep infinity & wait"
 NAMESPACES = ["--mount", "--pid", "--net", "--uts", "--ipc"]
 
 
+#: what this machine tells its BLAS, which determines the bytes: machines that are told otherwise are refused as workers
+BLAS = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("OPENBLAS_"))
+
+
+def installation(settings: str = "") -> str:
+    """A script in the place of ``pip install``, for where there may be no package index: an environment that finds the
+    packages installed here, and what lies in ~/raysgd.
+
+    settings: NAME=value for all shells
+    """
+    return f"""set -e
+cd ~/raysgd-env 2>/dev/null || {{ {sys.base_prefix}/bin/python3 -m venv --without-pip ~/raysgd-env; cd ~/raysgd-env; }}
+printf '%s\\n' ~/raysgd {Path(pytest.__file__).parent.parent} > "$(echo lib/python3*)/site-packages/installed.pth"
+for command in ray:ray.scripts.scripts raysgd:raysgd; do
+    file=bin/${{command%:*}}
+    printf '#!/bin/sh\\nexec %s -m %s "$@"\\n' ~/raysgd-env/bin/python ${{command#*:}} > $file
+    chmod +x $file
+done
+grep -qs INSTALLED ~/.bashrc || echo 'export INSTALLED=1 {settings} {BLAS}' >> ~/.bashrc
+"""
+
+
 def lacking() -> str | None:
     """Why there can be no machines here; None: there can."""
     if sys.platform != "linux" or os.geteuid() != 0:

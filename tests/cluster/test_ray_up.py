@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from machines import Machine, Site, made_site, needs_machines
+from machines import Machine, Site, installation, made_site, needs_machines
 from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd.audit import audit
@@ -27,22 +25,6 @@ END = 20 * EPOCHS
 
 #: every step takes a hundredth of a second: there is time to lose a machine
 PACE = "worker.compute:sleep=0.01"
-
-#: what this machine tells its BLAS, which determines the bytes: machines that are told otherwise are refused as workers
-BLAS = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("OPENBLAS_"))
-
-#: what stands in for ``pip install``, where there may be no package index: an environment that finds the installed
-#: packages, and the copy of raysgd that ``file_mounts`` brought
-INSTALL = f"""set -e
-cd ~/raysgd-env 2>/dev/null || {{ {sys.base_prefix}/bin/python3 -m venv --without-pip ~/raysgd-env; cd ~/raysgd-env; }}
-printf '%s\\n' ~/raysgd {Path(pytest.__file__).parent.parent} > "$(echo lib/python3*)/site-packages/installed.pth"
-for command in ray:ray.scripts.scripts raysgd:raysgd; do
-    file=bin/${{command%:*}}
-    printf '#!/bin/sh\\nexec %s -m %s "$@"\\n' ~/raysgd-env/bin/python ${{command#*:}} > $file
-    chmod +x $file
-done
-grep -qs RAYSGD_FAILPOINTS ~/.bashrc || echo 'export RAYSGD_FAILPOINTS={PACE} {BLAS}' >> ~/.bashrc
-"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,7 @@ def cluster_file(site: Site, shared: Path) -> dict[str, Any]:
     head, *others = site.machines.values()
     config["provider"] |= {"head_ip": head.address, "worker_ips": [m.address for m in others]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(site.key)}
-    (shared / "install.sh").write_text(INSTALL)
+    (shared / "install.sh").write_text(installation(f"RAYSGD_FAILPOINTS={PACE}"))
     kept = [c for c in config["setup_commands"] if "-m venv" not in c and "pip install" not in c]
     assert len(kept) == len(config["setup_commands"]) - 2
     config["setup_commands"] = [f"bash {shared}/install.sh", *kept]
