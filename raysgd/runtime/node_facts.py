@@ -29,14 +29,14 @@ def versions() -> dict[str, str]:
             found[package] = str(import_module(package).__version__)
         except ImportError:
             continue
-    package = find_spec("raysgd")
-    if package is None or package.origin is None:
+    spec = find_spec("raysgd")
+    if spec is None or spec.origin is None:
         return found
     try:
         number = version("raysgd")
     except PackageNotFoundError:
         number = "not installed, but there"
-    return found | {"raysgd": f"{number} ({source_hash(Path(package.origin).parent)})"}
+    return found | {"raysgd": f"{number} ({source_hash(Path(spec.origin).parent)})"}
 
 
 def source_hash(package: Path) -> str:
