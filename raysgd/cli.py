@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 
+from raysgd.cli_cluster import up_check
 from raysgd.errors import CheckpointError, InputError, Interrupted, RunError
 from raysgd.report import summary
 
@@ -296,23 +297,7 @@ def digest(run: str) -> Outcome:
     return {"digest": found.digest(), "step": found.step, "checkpoint": found.path}, summary.digest
 
 
-@cli.command(name="up-check")
-@click.option("--address", help="The Ray cluster to look at. Default: the one around this process, or a new one.")
-@click.option("--storage-path", metavar="DIR", default="runs", help="Where runs will lie: a directory or a URI.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def up_check(address: str | None, storage_path: str, as_json: bool) -> int:
-    """Check a cluster before a run: versions, storage, authentication, memory, clocks, processors.
-
-    One line each, with what to do; the exit code is 1 where one is an error.
-    """
-    from raysgd.runtime.look import look
-    from raysgd.upcheck import failed, judge
-
-    with contextlib.redirect_stdout(sys.stderr):
-        lines = judge(look(storage_path, address))
-    checks = [asdict(line) for line in lines]
-    click.echo(json.dumps({"checks": checks}) if as_json else "\n".join(map(str, lines)))
-    return FAILED if failed(lines) else OK
+cli.add_command(up_check)
 
 
 def find_run(run: str) -> str:

@@ -34,8 +34,9 @@ ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
 ROOMS["failpoints"] = {"errors"}
 ROOMS["runtime"] = set(ROOMS)
+ROOMS["cli_cluster"] = set(ROOMS)
 ROOMS["cli"] = {*ROOMS, "__init__"}
-ROOMS["__init__"] = set(ROOMS) - {"cli"}
+ROOMS["__init__"] = set(ROOMS) - {"cli", "cli_cluster"}
 ROOMS["__main__"] = {"cli"}
 
 #: What a room may import from outside the standard library, where that is a promise.
