@@ -1,4 +1,4 @@
-"""``raysgd``: train, evaluate, predict, plot, inspect, digest.
+"""``raysgd``: train, evaluate, predict, plot, inspect, audit, digest, up-check.
 
 Each command prints for people, and with ``--json`` one JSON object on standard output (errors too, as
 ``{"error": [sentences]}``) and everything else on standard error. Exit codes: 0 well, 1 a run failed, 2 bad input,
@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 
+from raysgd.cli_cluster import up_check
 from raysgd.errors import CheckpointError, InputError, Interrupted, RunError
 from raysgd.report import summary
 
@@ -303,6 +304,9 @@ def digest(run: str) -> Outcome:
     found = checkpoint.load(Storage.open(find_run(run)), "last")
     _tell_skipped(found.skipped)
     return {"digest": found.digest(), "step": found.step, "checkpoint": found.path}, summary.digest
+
+
+cli.add_command(up_check)
 
 
 def find_run(run: str) -> str:

@@ -14,6 +14,7 @@ from numbers import Integral
 from pathlib import PurePath
 from typing import Any
 
+from raysgd.capacity import Resources, resource_problems, total
 from raysgd.data.dataset import ArrowDataset
 from raysgd.learn.checks import (
     address_problems,
@@ -107,6 +108,8 @@ class ScalingConfig:
     num_servers: Ray actors that hold the parameters
     replicas: copies of every server on another node than its own, 0 or 1: with one, a node can be lost without a step
     worker_cpus, server_cpus: logical CPUs that each of them asks for
+    worker_resources, server_resources: what else each of them asks for: Ray's resources by name and amount. Nodes that
+        alone have one keep others out: servers on machines that stay, workers on those that come and go
     cache_bytes: decoded rows that each worker keeps in memory, bytes
     placement_timeout_s: seconds to wait for an existing cluster to place the actors
 
@@ -121,6 +124,8 @@ class ScalingConfig:
     replicas: int = 0
     worker_cpus: float = 1.0
     server_cpus: float = 0.5
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    server_resources: dict[str, float] = field(default_factory=dict)
     cache_bytes: int = 268_435_456
     placement_timeout_s: float = 25.0
 
@@ -144,6 +149,29 @@ class ScalingConfig:
         servers = self.num_servers * (1 + self.replicas)
         return self.least_workers * self.worker_cpus + servers * self.server_cpus
 
+    @property
+    def asks(self) -> dict[str, list[Resources]]:
+        """What each actor asks for at the least, by kind.
+
+        >>> ScalingConfig(num_workers=(1, 4), server_resources={"stays": 0.001}).asks
+        {'worker': [{'CPU': 1.0}], 'server': [{'CPU': 0.5, 'stays': 0.001}]}
+        """
+        worker, server = (
+            {"CPU": self.worker_cpus, **self.worker_resources},
+            {"CPU": self.server_cpus, **self.server_resources},
+        )
+        found: dict[str, list[Resources]] = {
+            "worker": [worker] * self.least_workers,
+            "server": [server] * self.num_servers,
+        }
+        return found | ({"replica": [server] * self.num_servers} if self.replicas else {})
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What the actors ask for together besides CPUs, workers that may come later included."""
+        most = [self.worker_resources] * self.most_workers
+        return total([*most, *[self.server_resources] * self.num_servers * (1 + self.replicas)])
+
     def problems(self) -> list[str]:
         """One sentence for each violation."""
         return [
@@ -152,6 +180,8 @@ class ScalingConfig:
             *self._replica_problems(),
             *_cpu_problems("worker_cpus", self.worker_cpus),
             *_cpu_problems("server_cpus", self.server_cpus),
+            *resource_problems("worker_resources", self.worker_resources),
+            *resource_problems("server_resources", self.server_resources),
             *count_problems("cache_bytes", self.cache_bytes, at_least=0),
             *number_problems("placement_timeout_s", self.placement_timeout_s, above=0),
         ]

@@ -39,11 +39,12 @@ from raysgd.protocol.membership import (
 )
 from raysgd.runtime.calls import WATCH_S, ActorLostError, ResultLostError, call, first_line, gather, result
 from raysgd.runtime.drain import Notices
-from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
+from raysgd.runtime.gang import Gang, same_node, shared_out
 from raysgd.runtime.place import by_node
 from raysgd.runtime.rates import Rates
 from raysgd.runtime.replicas import Replicas
 from raysgd.runtime.report import LoopReport
+from raysgd.runtime.reserve import free_cpus
 from raysgd.runtime.transport import ServerLostError
 from raysgd.runtime.worker import Task
 

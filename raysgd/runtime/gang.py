@@ -6,29 +6,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
 from raysgd.runtime.board import BoardAddress
-from raysgd.runtime.calls import GONE, WATCH_S, ActorLostError, call, lost, result
+from raysgd.runtime.calls import GONE, ActorLostError, call, lost, result
 from raysgd.runtime.place import here, relay_hosts
 from raysgd.runtime.process import Process
 from raysgd.runtime.pulse import SUSPECT_S, Pulse
+from raysgd.runtime.reserve import Bundle, free_cpus, reserve
 from raysgd.runtime.server import Place, ServerActor
 from raysgd.runtime.session import SINGLE_THREADED
 from raysgd.runtime.worker import WorkerActor
 from raysgd.spec import ScalingConfig
-
-#: the CPUs reserved for one actor: the group, and the place in it
-Bundle: TypeAlias = tuple[PlacementGroup, int]
-
-#: the CPUs of each actor of a placement group, and how the group is to be placed
-Ask: TypeAlias = tuple[list[float], str]
 
 
 @dataclass
@@ -92,6 +87,8 @@ class Gang:
         self.check_cluster: Callable[[], None] = lambda: None
         #: bytes available on each node; [] where nobody tells
         self.memory: Callable[[], Sequence[int]] = list
+        #: tells people
+        self.say: Callable[[str], None] = lambda _line: None
         self._site = here()
         self._numbers = 0
         #: by when workers are asked for: how many
@@ -105,26 +102,21 @@ class Gang:
         """Start the servers and the least number of workers, and wait until the cluster has placed them: spread over
         the nodes where there are several. Ask for the other workers.
 
-        Raises InputError where the CPUs for them are not free, or not on nodes where they fit, within ``timeout_s``.
+        Raises InputError as :func:`reserve` does.
         """
         deadline = time.monotonic() + self.timeout_s
-        self._await_free(deadline)
-        nodes = sum("CPU" in node["Resources"] for node in ray.nodes() if node["Alive"])
-        if nodes > 1:
-            self._reserve(deadline)
-        elif self.scaling.replicas:
-            raise InputError(
-                "scaling.replicas = 1 keeps a copy of every server on another node, and the cluster has one node: "
-                "add nodes, or set it to 0"
-            )
         scaling = self.scaling
+        self.bundles = reserve(scaling, self.timeout_s, self.say)
+        if self.bundles:  # what is reserved needs only to start
+            deadline = time.monotonic() + self.timeout_s
         least = scaling.least_workers
         self._free = self.bundles[:least]
-        self.server_bundles = self.bundles[least:]
+        self.server_bundles = self.bundles[least : least + scaling.num_servers]
+        self.replica_bundles = self.bundles[least + scaling.num_servers :]
         for _ in range(least):
             self.ask_worker()
         bundles: list[Bundle | None] = [*self.server_bundles] or [None] * scaling.num_servers
-        servers = [ServerActor.options(**self._options(scaling.server_cpus, b)).remote() for b in bundles]
+        servers = [ServerActor.options(**self._server_options(b)).remote() for b in bundles]
         self._await_placed(servers, deadline)
         ready = call([ref for a in servers for ref in (a.process.remote(), a.site.remote())], "starting the servers")
         self.servers = [Member(a, ready[2 * i], ready[2 * i + 1]) for i, a in enumerate(servers)]
@@ -140,7 +132,8 @@ class Gang:
         bundle = self._free.pop(0) if self._free else None
         if bundle is not None:
             self._bundle_of[number] = bundle
-        actor = WorkerActor.options(**self._options(self.scaling.worker_cpus, bundle)).remote()
+        options = self._options(self.scaling.worker_cpus, bundle) | {"resources": self.scaling.worker_resources}
+        actor = WorkerActor.options(**options).remote()
         self.asked[number] = Asked(actor, [actor.process.remote(), actor.site.remote()])
         return number
 
@@ -202,7 +195,7 @@ class Gang:
 
     def ask_replica(self, index: int, bundle: Bundle) -> None:
         """Ask Ray for a server that can follow that of a shard."""
-        actor = ServerActor.options(**self._options(self.scaling.server_cpus, bundle)).remote()
+        actor = ServerActor.options(**self._server_options(bundle)).remote()
         self.replicas_asked[index] = Asked(actor, [actor.process.remote(), actor.site.remote()])
 
     def ask_spares(self) -> None:
@@ -372,7 +365,7 @@ class Gang:
         waiting = (*self.asked.values(), *self._coming.values(), *self.replicas_asked.values())
         for actor in [*(m.actor for m in members), *(a.actor for a in waiting)]:
             ray.kill(actor)
-        for group in {group.id: group for group, _ in (*self.bundles, *self.replica_bundles)}.values():
+        for group in {group.id: group for group, _ in self.bundles}.values():
             remove_placement_group(group)
         self.workers, self.servers, self.relays, self.bundles, self.replica_bundles = {}, [], {}, [], []
         self.asked, self._coming, self.spares = {}, {}, {}
@@ -380,62 +373,14 @@ class Gang:
 
     # -- what Ray is asked for
 
+    def _server_options(self, bundle: Bundle | None) -> dict[str, Any]:
+        return self._options(self.scaling.server_cpus, bundle) | {"resources": self.scaling.server_resources}
+
     def _options(self, cpus: float, bundle: Bundle | None) -> dict[str, Any]:
         options: dict[str, Any] = {"num_cpus": cpus, "runtime_env": {"env_vars": SINGLE_THREADED}}
         if bundle is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(*bundle)
         return options
-
-    def _reserve(self, deadline: float) -> None:
-        """Take the CPUs of all actors before the first starts: servers and workers each on as many nodes as there are;
-        packed, where they do not fit like that.
-
-        One by one the actors could block each other: a server on the node whose last CPU a worker would need.
-        """
-        scaling = self.scaling
-        workers, servers = [scaling.worker_cpus] * scaling.least_workers, [scaling.server_cpus] * scaling.num_servers
-        half = (time.monotonic() + deadline) / 2
-        if scaling.replicas:
-            pairs: list[Ask] = [([cpus, cpus], "STRICT_SPREAD") for cpus in servers]
-            ways = [[*pairs, (workers, "SPREAD")], [*pairs, (workers, "PACK")]]
-        else:
-            ways = [[(workers, "SPREAD"), (servers, "SPREAD")], [(workers + servers, "PACK")]]
-        if self._grouped(ways[0], half) or self._grouped(ways[1], deadline):
-            if scaling.replicas:  # server and replica of each pair, then the workers
-                paired = self.bundles[: 2 * len(servers)]
-                self.bundles = [*self.bundles[2 * len(servers) :], *paired[::2]]
-                self.replica_bundles = paired[1::2]
-            return
-        apart = ", and its replica for as many on another node" if scaling.replicas else ""
-        raise InputError(
-            "the free CPUs of the cluster are not on nodes where all actors fit: "
-            f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}{apart}. "
-            "Ask for fewer, or wait until other jobs end"
-        )
-
-    def _grouped(self, asks: Sequence[Ask], deadline: float) -> bool:
-        """Reserve the CPUs asked for, in a group for each kind, the larger first; False where they do not fit."""
-        groups: dict[int, PlacementGroup] = {}
-        for i in sorted(range(len(asks)), key=lambda i: asks[i][0][0], reverse=True):
-            groups[i] = placement_group([{"CPU": cpus} for cpus in asks[i][0]], asks[i][1])
-            if not groups[i].wait(max(0.1, deadline - time.monotonic())):
-                for group in groups.values():
-                    remove_placement_group(group)
-                return False
-        self.bundles = [(groups[i], k) for i, (ask, _) in enumerate(asks) for k in range(len(ask))]
-        return True
-
-    def _await_free(self, deadline: float) -> None:
-        """Wait until all that the run asks for is free, before the first actor takes a part of it."""
-        while (cpus := self.scaling.cpus) > (free := float(ray.available_resources().get("CPU", 0.0))):
-            if time.monotonic() >= deadline:
-                total = float(ray.cluster_resources().get("CPU", 0.0))
-                raise InputError(
-                    f"the run asks for {cpus:g} CPUs ({self.scaling.least_workers} workers, {self.scaling.num_servers} "
-                    f"servers); available within {self.timeout_s:g} s: {free:g} of {total:g} CPUs. "
-                    "Ask for fewer, or wait until other jobs end"
-                )
-            time.sleep(WATCH_S)
 
     def _await_placed(self, servers: Sequence[Any], deadline: float) -> None:
         scaling = self.scaling
@@ -453,12 +398,6 @@ class Gang:
             )
         for ref, name in zip(pids, names, strict=True):
             result(ref, f"starting {name}")
-
-
-def free_cpus() -> str:
-    """What the cluster can still give, for people."""
-    free, total = (float(r.get("CPU", 0.0)) for r in (ray.available_resources(), ray.cluster_resources()))
-    return f"available now: {free:g} of {total:g} CPUs"
 
 
 def same_node(site: str | None, boards: Sequence[Place]) -> list[BoardAddress] | None:

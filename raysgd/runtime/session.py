@@ -22,6 +22,7 @@ from raysgd.footprint import available_here
 from raysgd.learn.checks import address_problems
 from raysgd.runtime.guard import descendants, guarded, take_along
 from raysgd.runtime.process import Process
+from raysgd.runtime.token import refuse_strangers
 
 #: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
 SINGLE_THREADED = dict.fromkeys(
@@ -73,28 +74,28 @@ def _address(given: str | None) -> str:
 
 
 @contextmanager
-def session(cpus: float, address: str | None = None) -> Iterator[Session]:
+def session(cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
     """A connected Ray for the duration of the block.
 
     An initialised Ray is used as it is; else ``address``, else ``RAY_ADDRESS``; else a local cluster is started
-    with as many logical CPUs as are asked for, and shut down at the end. Raises InputError where an existing
-    cluster is too small, with what was asked and what there is.
+    with as many logical CPUs as are asked for, and shut down at the end. Whether an existing one has room is not
+    looked at here.
+
+    resources: others than CPUs that a cluster of our own is to have, by name
     """
     if ray.is_initialized():
-        _refuse_too_small(cpus)
         yield Session(started=False)
         return
     address = _address(address)
     if address != "local":
         _connect(address)
         try:
-            _refuse_too_small(cpus)
             yield Session(started=False, notes=(f"joined the Ray cluster at {address}",))
         finally:
             ray.shutdown()
         return
     before = _below()
-    notes = _start(cpus)
+    notes = _start(cpus, resources or {})
     rest = [Process.of(pid) for pid in _below() - before]
     with guarded():
         cluster = Session(started=True, notes=notes, own=_own(rest))
@@ -142,14 +143,15 @@ def _undisturbed() -> Iterator[None]:
 
 def _connect(address: str) -> None:
     _one_error_only()
+    refuse_strangers(address)
     _deaths_to_stderr()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 
 
-def _start(cpus: float) -> tuple[str, ...]:
+def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
     asked = max(1, math.ceil(cpus))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     notes = [f"started a local Ray cluster with {asked} logical CPUs"]
@@ -161,17 +163,9 @@ def _start(cpus: float) -> tuple[str, ...]:
     _private_token()
     _one_error_only()
     _deaths_to_stderr()
-    ray.init("local", num_cpus=asked, include_dashboard=False, log_to_driver=False, logging_level="error")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init("local", num_cpus=asked, resources=dict(resources), **options)
     return tuple(notes)
-
-
-def _refuse_too_small(cpus: float) -> None:
-    total = float(ray.cluster_resources().get("CPU", 0.0))
-    if cpus > total:
-        raise InputError(
-            f"the run asks for {cpus:g} CPUs and the Ray cluster has {total:g} in all: "
-            "lower scaling.num_workers, scaling.worker_cpus or scaling.server_cpus, or add nodes"
-        )
 
 
 def _one_error_only() -> None:

@@ -218,7 +218,9 @@ class Trainer:
         """Run one attempt; whatever happens is in status.json before it is raised."""
         keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
         try:
-            with session(self.spec.scaling.cpus, self.spec.run.address) as cluster, _sigterm_interrupts():
+            scaling = self.spec.scaling
+            joined = session(scaling.cpus, self.spec.run.address, scaling.resources)
+            with joined as cluster, _sigterm_interrupts():
                 for line in cluster.notes:
                     self.report.say(line)
                 self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
@@ -255,7 +257,7 @@ class Trainer:
         """Train with a gang of actors, until the end (None), or until so much is lost that others must begin anew."""
         # Our own cluster has room by construction: there only the start of processes can take long.
         gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
-        gang.check_cluster, gang.memory = cluster.check, cluster.memory
+        gang.check_cluster, gang.memory, gang.say = cluster.check, cluster.memory, self.report.say
         try:
             self._train(gang, tables, begin, plan, keeper)
         except (RollBackError, ActorLostError) as error:

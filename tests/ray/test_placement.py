@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,20 @@ def place(tmp_path: Path) -> Path:
 def test_more_than_the_cluster_has(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = spec_of(place, scaling__num_workers=8, scaling__num_servers=2)
     assert spec.scaling.cpus == 8.5
-    began = time.monotonic()
-    assert cli.main(["train", str(place / "run.toml"), "-q", "--num-workers", "8", "--num-servers", "2"]) == 2
-    assert time.monotonic() - began < 30
+    counts = ["--num-workers", "8", "--num-servers", "2", "--set", "scaling.placement_timeout_s=1"]
+    assert cli.main(["train", str(place / "run.toml"), "-q", *counts]) == 2
     error = capsys.readouterr().err
     assert "asks for 8.5 CPUs" in error
-    assert "has 8 in all" in error
+    assert "the Ray cluster has 8 CPU in all, 1 s later, too" in error
+    assert "no autoscaler is known that could add nodes" in error
     assert status_of(place / "runs" / "run")["exit_code"] == 2
+
+
+def test_a_resource_that_no_node_has(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--set", "scaling.server_resources={ raysgd_stays = 0.001 }", "--set", "scaling.placement_timeout_s=1"]
+    assert cli.main(["train", str(place / "run.toml"), "-q", *sets]) == 2
+    error = capsys.readouterr().err
+    assert "a server asks for 0.25 CPU, 0.001 raysgd_stays: no node has as much (at most 8 CPU)" in error
 
 
 def test_more_than_is_free(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
