@@ -45,6 +45,8 @@ NAMES = {
     "checkpoint.rename": "save, locally: all files are written, the checkpoint does not count yet",
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
+    "prepare.scatter": "the rows of a piece are about to be sent to their files",
+    "prepare.gather": "a prepared file is about to be written",
     "worker.compute": "a worker is about to compute a step, of a dense model",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",

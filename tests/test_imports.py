@@ -25,6 +25,8 @@ ROOMS["config"] = ROOMS["spec"] | {"spec"}
 ROOMS["checkpoint"] = {"errors", "learn", "data", "protocol", "storage"}
 ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "spec", "config"}
 ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
+ROOMS["prepared"] = {"errors", "learn", "data", "storage"}
+ROOMS["cost"] = {"errors", "learn", "protocol"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
 ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
@@ -32,8 +34,12 @@ ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
 ROOMS["failpoints"] = {"errors"}
 ROOMS["runtime"] = set(ROOMS)
+# The command line: what its commands share, some of them, all of them.
+ROOMS["encoding"] = {"errors"}
+ROOMS["console"] = {*ROOMS, "__init__"} - {"encoding"}
+ROOMS["cli_tables"] = {*ROOMS, "__init__"} - {"encoding"}
 ROOMS["cli"] = {*ROOMS, "__init__"}
-ROOMS["__init__"] = set(ROOMS) - {"cli"}
+ROOMS["__init__"] = set(ROOMS) - {"cli", "cli_tables", "console", "encoding"}
 ROOMS["__main__"] = {"cli"}
 
 #: What a room may import from outside the standard library, where that is a promise.
@@ -44,6 +50,7 @@ OUTSIDE = {
     "protocol": {"numpy"},
     "simulate": {"numpy"},
     "simulate_sparse": {"numpy"},
+    "cost": {"numpy"},
     "data": {"numpy", "pyarrow"},
 }
 

@@ -62,6 +62,21 @@ def dry_run(facts: Facts) -> str:
     return "\n".join([head, *facts["columns"], table(numbers)])
 
 
+def prepared(facts: Facts) -> str:
+    """What came out of ``prepare``."""
+    files = facts["files"]
+    size = sum(file["bytes"] for file in files.values())
+    head = "prepared" if facts["new"] else "nothing to do: prepared before from these files with these settings"
+    columns = [f"{name} {kind}" for name, kind in facts["columns"].items()]
+    rows = {
+        "data set": facts["out"],
+        "rows": facts["rows"],
+        "files": f"{len(files):,}, {size:,} bytes, row groups of about {facts['row_group_rows']:,} rows",
+        "columns": columns,
+    }
+    return f"{head}\n{table(rows)}"
+
+
 def scored(facts: Facts) -> str:
     """What came out of ``evaluate``."""
     head = {"checkpoint": facts["checkpoint"], "data": facts["data"]}

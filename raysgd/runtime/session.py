@@ -16,13 +16,11 @@ from pathlib import Path
 import ray
 
 from raysgd.errors import InputError, RunError
+from raysgd.learn.threads import SINGLE_THREADED
 from raysgd.runtime.guard import descendants, guarded
 from raysgd.runtime.process import Process
 
-#: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
-SINGLE_THREADED = dict.fromkeys(
-    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
+__all__ = ["SINGLE_THREADED", "Session", "session"]
 
 
 @dataclass(frozen=True, slots=True)
