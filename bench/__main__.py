@@ -20,7 +20,7 @@ from bench.processes import ENVIRONMENT
 #: what runs unless parts are named
 PARTS = ("step", "logistic", "mlp", "hashed", "hashed_step", "start", "scale", "memory", "safety", "staleness")
 #: what runs only when it is named
-LONG = ("soak", "recovery")
+LONG = ("soak", "recovery", "cost", "cost_scale")
 
 
 def part(name: str) -> Callable[[Asked], str]:
@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     known = (*PARTS, *LONG)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; default: all but {' and '.join(LONG)}"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; default: all but {', '.join(LONG)}"
     )
     parser.add_argument("--rounds", type=int, help="runs of each contestant, in alternation (default: 3; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work? No figure counts")

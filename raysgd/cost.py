@@ -7,8 +7,8 @@
 All phases of a round follow one another: a worker cannot begin before it has the new version, a server cannot update
 before it has the last gradient. Within a phase the slowest counts.
 
-The constants of :class:`Machine` were measured by ``python -m bench cost`` on one machine; docs/cost.md has the figures,
-and how far predictions were off. Measure yours, and give them.
+The constants of :class:`Machine` were measured by ``python -m bench cost`` on one machine; docs/cost.md has the
+figures, and how far predictions were off. Measure yours, and give them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from raysgd.protocol.tree import cover
 #: Bytes of a parameter.
 FLOAT = 4
 
+#: Steps whose times differ by less than this factor are alike.
+ALIKE = 1.05
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -33,6 +36,7 @@ class Machine:
     worker_s:   what each further worker adds to it, at the server
     batch_s:    a virtual worker's share of a step, before the first row: about fifty numpy calls
     row_s:      a row of a batch, whatever its width: gathering it
+    code_s:     each category of a row: looked up, and its gradient scattered
     flops:      float32 operations a second of one core in matrix products of this size
     read_s:     copying a parameter (a pull)
     update_s:   updating a parameter with momentum from one pushed sum: seven passes over a block in the cache
@@ -48,6 +52,7 @@ class Machine:
     worker_s: float = 5e-6
     batch_s: float = 12e-6
     row_s: float = 15e-9
+    code_s: float = 15e-9
     flops: float = 40e9
     read_s: float = 0.15e-9
     update_s: float = 0.45e-9
@@ -84,6 +89,7 @@ class Job:
     n_params:     length of the flat vector
     batch_size:   rows a step over all workers;  virtual_workers: its equal parts
     row_flops:    operations a row; by default 4 a parameter: a product forward, one back
+    row_codes:    categories of a row
     compute_s:    seconds of a worker's step, where they are known: row_flops and the machine are then not asked
     slots:        vectors of optimizer state that an update reads and writes
     workers, servers, nodes: nodes carry workers evenly; servers are on ``server_nodes`` of them (default: spread)
@@ -97,6 +103,7 @@ class Job:
     nodes: int = 1
     local_steps: int = 1
     row_flops: float | None = None
+    row_codes: int = 0
     compute_s: float | None = None
     slots: int = 1
     server_nodes: int | None = None
@@ -172,7 +179,7 @@ def sums_pushed(virtual_workers: int, workers: int) -> int:
 def predict(job: Job, machine: Machine | None = None, network: Network | None = None) -> Cost:
     """The cost of a round.
 
-        compute = H (v batch_s + r (row_s + row_flops / flops) + v n read_s) max(1, W' / cores)
+        compute = H (v batch_s + r (row_s + codes code_s + row_flops / flops) + v n read_s) max(1, W' / cores)
         control = control_s + (W' - 1) worker_s
         pull    = n read_s max(1, W' / cores)
         update  = n / S (update_s + (k - 1) add_s) ceil(S' / cores),        k = W' pushed + sums from other nodes
@@ -221,7 +228,11 @@ def _compute(job: Job, machine: Machine, shared: float, slow: float) -> float:
     flops = 4.0 * job.n_params if job.row_flops is None else job.row_flops
     rows = job.batch_size / job.virtual_workers * job.carried
     once = job.carried * (machine.batch_s + slow * job.n_params * machine.read_s)
-    return job.local_steps * shared * (once + rows * (machine.row_s + flops / machine.flops))
+    return (
+        job.local_steps
+        * shared
+        * (once + rows * (machine.row_s + job.row_codes * machine.code_s + flops / machine.flops))
+    )
 
 
 def best_servers(job: Job, machine: Machine | None = None, network: Network | None = None, most: int = 4096) -> int:
@@ -236,14 +247,11 @@ def best_servers(job: Job, machine: Machine | None = None, network: Network | No
     >>> best_servers(job, network=Network.gbit(10))
     16
     """
-    found, least = 1, float("inf")
-    servers = 1
+    took, servers = {}, 1
     while servers <= min(most, max(job.nodes, (machine or Machine()).cores), job.n_params):
-        took = predict(replace(job, servers=servers, server_nodes=None), machine, network).step_s
-        if took < 0.99 * least:
-            found, least = servers, took
+        took[servers] = predict(replace(job, servers=servers, server_nodes=None), machine, network).step_s
         servers *= 2
-    return found
+    return min(servers for servers, seconds in took.items() if seconds <= ALIKE * min(took.values()))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raysgd import cli
@@ -63,6 +63,7 @@ def test_encoded_words_arrive() -> None:
     assert decoded(shlex.split(windows)) == HARD
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 @example(HARD)
 def test_decoding_is_the_inverse(words: list[str]) -> None:

@@ -28,6 +28,7 @@ ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
 ROOMS["prepared"] = {"errors", "learn", "data", "storage"}
 ROOMS["cost"] = {"errors", "learn", "protocol"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
+ROOMS["outlook"] = ROOMS["plan"] | {"plan", "cost"}
 ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 # A failpoint can be anywhere.

@@ -57,7 +57,10 @@ def metrics(facts: Facts) -> dict[str, Any]:
 
 def dry_run(facts: Facts) -> str:
     """What ``train --dry-run`` found."""
-    numbers = {name.replace("_", " "): given for name, given in facts.items() if name != "columns"}
+    numbers = {name.replace("_", " "): given for name, given in facts.items() if name not in ("columns", "note")}
+    if facts.get("parameters") is not None and not numbers.pop("parameters exact", True):
+        numbers["parameters"] = f"{facts['parameters']:,}, from a few row groups: the others may add categories"
+    numbers |= {"": facts["note"]} if facts.get("note") else {}
     head = "nothing was trained; what can be checked before is well"
     return "\n".join([head, *facts["columns"], table(numbers)])
 

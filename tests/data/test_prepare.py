@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from data_tables import make_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
@@ -141,6 +141,7 @@ def test_the_same_bytes_in_whatever_order_calls_are_made(
 LINES = st.lists(st.text(alphabet="ab \r", max_size=6), max_size=12)
 
 
+@settings(deadline=None)
 @given(lines=LINES, end=st.booleans(), piece_bytes=st.integers(1, 12))
 def test_pieces_hold_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: bool, piece_bytes: int
