@@ -180,9 +180,14 @@ def measured(quick: bool, tables: Tables) -> Machine:
     steps = 200 if quick else 3000
     lone, pair = (min(step_seconds(w, 1, steps, 100, 0, fastest=True) for _ in range(2)) for w in (1, 2))
     between = answer("bench.cost", "calls")
+    # What a step of the Trainer takes beyond what its workers compute, and beyond a step in which nobody does.
+    worked = worker_seconds(LOGISTIC, tables.numbers, "label", 2048)
+    training = Training(LOGISTIC, str(tables.numbers), "label", 2048, 8, 3 if quick else 60, 3, 2, cache_bytes=2**29)
+    working = 2048 / _rows_per_s(training, 1)
     return Machine(
         control_s=lone,
         worker_s=max(0.0, pair - lone),
+        cold_s=max(0.0, working - pair - worked),
         batch_s=few / 4,
         row_s=max(0.0, row_s - 4 * COLUMNS / flops),
         code_s=max(0.0, (codes_s - row_s) / 3),

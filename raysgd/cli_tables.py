@@ -27,6 +27,7 @@ from raysgd.report.counting import counting
     "--delimiter", default=",", help="Between the values of a CSV line. Default: a comma; in .tsv files a tab."
 )
 @click.option("--newlines-in-values", is_flag=True, help="Quoted values may span lines: files are read as a whole.")
+@click.option("--missing-text", is_flag=True, help="Empty values, NA and null are missing in columns of text, too.")
 @click.option("--row-group-rows", type=int, default=16_384, help="Rows of a row group, about. Default: 16384.")
 @click.option("--file-rows", type=int, default=262_144, help="Rows of a file, about. Default: 262144.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set that is there.")

@@ -7,8 +7,8 @@
 All phases of a round follow one another: a worker cannot begin before it has the new version, a server cannot update
 before it has the last gradient. Within a phase the slowest counts.
 
-The constants of :class:`Machine` were measured by ``python -m bench cost`` on one machine; docs/cost.md has the
-figures, and how far predictions were off. Measure yours, and give them.
+docs/cost.md says where the constants of :class:`Machine` come from, and how far predictions were off; ``python -m bench
+cost`` measures those of another machine.
 """
 
 from __future__ import annotations
@@ -29,40 +29,43 @@ ALIKE = 1.05
 
 @dataclass(frozen=True)
 class Machine:
-    """One node. Times in seconds; every default was measured by ``python -m bench cost`` (docs/cost.md).
+    """One node. Times in seconds, as docs/cost.md says where from.
 
     cores:      that compute at the same time
-    control_s:  a step of one worker and one server without work: messages, and three processes waking
-    worker_s:   what each further worker adds to it, at the server
+    control_s:  a step of one worker and one server without work: messages, and three processes awake
+    worker_s:   what each further worker adds to it
+    cold_s:     what a step with work takes longer: processes wake from sleep, and code is no longer in the cache
     batch_s:    a virtual worker's share of a step, before the first row: about fifty numpy calls
     row_s:      a row of a batch, whatever its width: gathering it
     code_s:     each category of a row: looked up, and its gradient scattered
-    flops:      float32 operations a second of one core in matrix products of this size
-    read_s:     copying a parameter (a pull)
+    flops:      float32 operations a second of one core in matrix products
+    read_s:     copying a parameter
     update_s:   updating a parameter with momentum from one pushed sum: seven passes over a block in the cache
     add_s:      adding one more pushed sum to it
-    spilled:    how much slower reading, adding and updating are beyond the cache; cache: its bytes
+    cache:      bytes beyond which memory limits the update: it is ``spilled`` times slower, and servers that share the
+                memory gain nothing from being several
     call_s:     an actor call between nodes, there and back, without data
-    client_s:   CPU time of one more such call at its sender;  server_s: at its receiver, one after the other
-    store_s:    a byte through Ray's object store at each end: serialize, copy, map
+    client_s:   one more such call at its sender;  server_s: at its receiver, one after the other
+    store_s:    a byte that goes through Ray's object stores, from one node's into another's
     """
 
     cores: int = 2
     control_s: float = 35e-6
-    worker_s: float = 5e-6
-    batch_s: float = 12e-6
-    row_s: float = 15e-9
+    worker_s: float = 8e-6
+    cold_s: float = 68e-6
+    batch_s: float = 11e-6
+    row_s: float = 30e-9
     code_s: float = 15e-9
-    flops: float = 40e9
-    read_s: float = 0.15e-9
-    update_s: float = 0.45e-9
-    add_s: float = 0.06e-9
-    spilled: float = 1.6
-    cache: float = 24e6
-    call_s: float = 1.0e-3
-    client_s: float = 0.25e-3
-    server_s: float = 0.25e-3
-    store_s: float = 0.8e-9
+    flops: float = 150e9
+    read_s: float = 0.06e-9
+    update_s: float = 0.47e-9
+    add_s: float = 0.12e-9
+    cache: float = 8e6
+    spilled: float = 1.5
+    call_s: float = 0.53e-3
+    client_s: float = 0.03e-3
+    server_s: float = 0.24e-3
+    store_s: float = 1.0e-9
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,10 @@ def predict(job: Job, machine: Machine | None = None, network: Network | None = 
     """The cost of a round.
 
         compute = H (v batch_s + r (row_s + codes code_s + row_flops / flops) + v n read_s) max(1, W' / cores)
-        control = control_s + (W' - 1) worker_s
+        control = (control_s + (W' - 1) worker_s + cold_s) max(1, W' / cores);  no cold_s where nothing is computed
         pull    = n read_s max(1, W' / cores)
-        update  = n / S (update_s + (k - 1) add_s) ceil(S' / cores),        k = W' pushed + sums from other nodes
+        update  = n S' / S (update_s + (k - 1) add_s) / min(S', cores),     k = W' pushed + sums from other nodes;
+                  beyond the cache: times spilled, and not divided
         calls   = call_s + 2 latency + (S - 1) client_s + (N - 1) server_s
         wire    = 2 (n / S) S' (N - 1) 4 bytes / bandwidth + 2 n 4 bytes store_s
 
@@ -198,20 +202,20 @@ def predict(job: Job, machine: Machine | None = None, network: Network | None = 
     n, here = job.n_params, ceil(job.workers / job.nodes)
     served = ceil(job.servers / job.places)
     shared = max(1.0, here / machine.cores)
-    slow = machine.spilled if FLOAT * n * (3 + job.slots) > machine.cache else 1.0
     far = job.nodes - 1 if job.places == 1 else job.nodes - ceil(job.places / job.servers)
-    sums = here * job.pushed + far
-    updating = machine.update_s * (6 + 2 * job.slots) / 8 + (sums - 1) * machine.add_s
-    update = slow * n / job.servers * updating * ceil(served / machine.cores)
+    update = n * served / job.servers * _updating(job, machine, here * job.pushed + far)
+    beyond = FLOAT * n * served / job.servers * (3 + job.slots) > machine.cache
+    update *= machine.spilled if beyond else 1 / min(served, machine.cores)
+    compute = _compute(job, machine) * shared
     calls = wire = 0.0
     if far:
         calls = machine.call_s + 2 * network.latency + (job.servers - 1) * machine.client_s + far * machine.server_s
         busiest = max(far * served / job.servers, 1.0)  # of the vector: at a node with servers, at one without
         wire = 2 * FLOAT * n * (busiest / network.bandwidth + machine.store_s)
     return Cost(
-        compute=_compute(job, machine, shared, slow),
-        control=machine.control_s + (here - 1) * machine.worker_s,
-        pull=slow * n * machine.read_s * shared,
+        compute=compute if job.compute_s is None else job.local_steps * job.compute_s,
+        control=shared * (machine.control_s + (here - 1) * machine.worker_s + (machine.cold_s if compute else 0.0)),
+        pull=n * machine.read_s * shared,
         update=update,
         calls=calls,
         wire=wire,
@@ -222,17 +226,19 @@ def predict(job: Job, machine: Machine | None = None, network: Network | None = 
     )
 
 
-def _compute(job: Job, machine: Machine, shared: float, slow: float) -> float:
+def _updating(job: Job, machine: Machine, sums: int) -> float:
+    """Seconds a parameter at a server: of eight passes two are over each vector of optimizer state."""
+    return machine.update_s * (6 + 2 * job.slots) / 8 + (sums - 1) * machine.add_s
+
+
+def _compute(job: Job, machine: Machine) -> float:
+    """Seconds of the busiest worker's gradients between two pushes, on a core of its own."""
     if job.compute_s is not None:
         return job.local_steps * job.compute_s
     flops = 4.0 * job.n_params if job.row_flops is None else job.row_flops
     rows = job.batch_size / job.virtual_workers * job.carried
-    once = job.carried * (machine.batch_s + slow * job.n_params * machine.read_s)
-    return (
-        job.local_steps
-        * shared
-        * (once + rows * (machine.row_s + job.row_codes * machine.code_s + flops / machine.flops))
-    )
+    once = job.carried * (machine.batch_s + job.n_params * machine.read_s)
+    return job.local_steps * (once + rows * (machine.row_s + job.row_codes * machine.code_s + flops / machine.flops))
 
 
 def best_servers(job: Job, machine: Machine | None = None, network: Network | None = None, most: int = 4096) -> int:
@@ -241,7 +247,7 @@ def best_servers(job: Job, machine: Machine | None = None, network: Network | No
     On several nodes each server is on a node of its own, as far as there are nodes. More servers share out bytes and
     updates, and cost a call each at every node:
 
-        servers ~ sqrt(8 n N / (bandwidth client_s)),   at most N
+        near the best:  servers = 32 n / (bandwidth server_s),  at most one a node
 
     >>> job = Job(10_000_000, 8192, virtual_workers=64, workers=64, nodes=16, compute_s=0.1)
     >>> best_servers(job, network=Network.gbit(10))

@@ -171,5 +171,5 @@ def _refuse_other(place: _Place) -> None:
 
 
 def _settings(job: Preparation, source: Source) -> dict[str, Any]:
-    names = ("seed", "row_group_rows", "file_rows", "delimiter", "newlines_in_values", "piece_bytes")
+    names = ("seed", "row_group_rows", "file_rows", "delimiter", "newlines_in_values", "missing_text", "piece_bytes")
     return {**{n: getattr(job, n) for n in names}, "types": dict(job.types), "input": source.described}

@@ -46,6 +46,7 @@ class Preparation:
     row_group_rows, file_rows: rows of a row group and of an output file, about; small tables get smaller row groups
     types: by column, its Arrow type, as ``{"zip": "string"}``, instead of the one that its values look like
     delimiter: between the values of a CSV line; newlines_in_values: quoted ones may span lines
+    missing_text: in CSV columns of text, empty values, NA, null and the like are missing, too
     piece_bytes: of text that one call reads
 
     >>> Preparation("clicks", seed=-1).problems()
@@ -60,6 +61,7 @@ class Preparation:
     types: Mapping[str, str] = field(default_factory=dict)
     delimiter: str = ","
     newlines_in_values: bool = False
+    missing_text: bool = False
     piece_bytes: int = 33_554_432
     filesystem: Any = None
 
@@ -151,7 +153,7 @@ def _open_text(job: Preparation, found: Found, kind: str) -> Source:
         names = header(found.filesystem, path, packed, "\t" if tabs else job.delimiter) if kind == "csv" else ()
         files.append(TextFile(path, relative, info.size, info.mtime_ns or 0, names, packed))
     delimiter = "\t" if job.delimiter == "," and ".tsv" in files[0].path.lower() else job.delimiter
-    dialect = Dialect(kind, delimiter, job.newlines_in_values, types)
+    dialect = Dialect(kind, delimiter, job.newlines_in_values, job.missing_text, types)
     problems = [
         f"{f.path} has the columns {', '.join(f.names)}, {files[0].path} has {', '.join(files[0].names)}"
         for f in files[1:]

@@ -12,7 +12,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,12 +65,14 @@ class Dialect:
 
     kind: "csv" or "json";  delimiter: between the values of a CSV line
     newlines_in_values: quoted values may span lines, so that files are read as a whole
+    missing_text: in CSV columns of text, empty values, NA, null and the like are missing, too
     types: by column, what the user says that it is
     """
 
     kind: str
     delimiter: str = ","
     newlines_in_values: bool = False
+    missing_text: bool = False
     types: Mapping[str, pa.DataType] = field(default_factory=dict)
 
 
@@ -193,8 +195,9 @@ def _guess(column: pa.ChunkedArray, lines: Any, given: bool) -> Guess:
     if given or not pa.types.is_string(kind):
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
         return Guess(kind, there if number else 0, there)
-    number = pc.match_substring_regex(column, _NUMBER).to_numpy()
+    number = pc.match_substring_regex(column, _NUMBER).fill_null(False).to_numpy()
     filled = ~pc.is_in(column, value_set=pa.array(pa.csv.ConvertOptions().null_values)).to_numpy()
+    filled &= column.is_valid().to_numpy()
     odd = np.flatnonzero(filled & ~number)
     first = None
     if len(odd):
@@ -228,7 +231,9 @@ def parse(data: bytes, names: tuple[str, ...], dialect: Dialect, schema: pa.Sche
                 delimiter=dialect.delimiter, newlines_in_values=dialect.newlines_in_values
             ),
             convert_options=pa.csv.ConvertOptions(
-                column_types=dict(dialect.types) if schema is None else {f.name: f.type for f in schema}
+                column_types=dict(dialect.types) if schema is None else {f.name: f.type for f in schema},
+                strings_can_be_null=dialect.missing_text,
+                quoted_strings_can_be_null=False,
             ),
         )
         return table if schema is None else table.select(schema.names)
@@ -316,7 +321,7 @@ def _json_column(
 
 def replace_types(dialect: Dialect, types: Mapping[str, pa.DataType]) -> Dialect:
     """The same dialect, with these types."""
-    return Dialect(dialect.kind, dialect.delimiter, dialect.newlines_in_values, types)
+    return replace(dialect, types=types)
 
 
 def _refuse_bytes(fs: Any, piece: TextPiece, start: int, data: bytes) -> None:

@@ -237,6 +237,16 @@ def test_numbers_are_whole_where_all_are() -> None:
     assert table.schema.types == [pa.float64(), pa.string()]
 
 
+def test_empty_text_is_missing_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('x,kind,late\n1,a,0\n2,,1\n,"",0\n3,NA,1\n')
+    for missing, expected in ((False, ["", "", "NA", "a"]), (True, ["", "a"])):
+        out = tmp_path / f"{missing}"
+        prepare(Preparation(str(tmp_path / "a.csv"), missing_text=missing), str(out))
+        rows = rows_of(out)
+        assert sorted(rows["kind"].drop_null().to_pylist()) == expected
+        assert rows["x"].null_count == 1
+
+
 def test_the_same_again_does_nothing_and_others_are_refused(given_rows: Callable[..., Path], tmp_path: Path) -> None:
     job, out = Preparation(str(given_rows(write_csv)), **SMALL), tmp_path / "out"
     assert prepare(job, str(out))["new"]

@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 from ray_runs import ROOT, Marked, one_process_digests, spec_of, status_of, wait_for, write_table
 
+from raysgd.data.source import Preparation
+from raysgd.encoding import encoded
+from raysgd.prepared import prepare
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -36,8 +40,8 @@ class JobServer:
     working_dir: Path
     storage: Path
 
-    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+    def submit(self, *arguments: str, script: str = "train") -> subprocess.CompletedProcess[str]:
+        command = [*RAY, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{script}.py", *arguments]
         environment = {**os.environ, "RAY_ADDRESS": self.address}
         return subprocess.run(
             command, cwd=self.working_dir, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -111,3 +115,20 @@ def test_a_storage_path_inside_the_working_directory_is_refused(jobs: JobServer)
     printed = done.stdout + done.stderr
     assert "run.storage_path must not lie in a Ray job's working directory" in printed
     assert "give an absolute path outside of it or a URI (--storage-path)" in printed
+
+
+def test_arguments_that_no_launcher_quotes_arrive(jobs: JobServer) -> None:
+    """Encoded words through Ray's own joining: a CSV file is prepared over tasks, to the bytes of one process."""
+    place = jobs.working_dir.parent / "my $data"
+    place.mkdir()
+    (place / "a b.csv").write_text("x,late\n" + "".join(f"{i},{i % 2}\n" for i in range(2_000)))
+    words = [str(place / "a b.csv"), "--output", str(place / "out"), "--num-workers", "2"]
+    done = jobs.submit(*encoded(words), script="prepare")
+    assert done.returncode == 0, done.stdout + done.stderr
+    prepare(Preparation(words[0]), str(place / "here"))
+    found, expected = ({p.name: p.read_bytes() for p in (place / name).iterdir()} for name in ("out", "here"))
+    assert found == expected
+    bad = jobs.submit(*encoded([str(place / "no such file"), "--output", str(place / "bad")]), script="prepare")
+    assert bad.returncode == 1
+    assert "no such file does not exist" in bad.stdout + bad.stderr
+    assert not (place / "bad").exists()
