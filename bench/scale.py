@@ -68,7 +68,7 @@ def addition(n_params: int) -> None:
     say(median(seconds[3:]))
 
 
-def server(n_virtual: int, n_servers: int, index: int) -> None:
+def server(n_virtual: int, n_servers: int, index: int, total: int = GRADIENT) -> None:
     """A server shard over shared memory, until there is nothing more to hear."""
     from raysgd.learn.parameters import Range, even_split
     from raysgd.learn.transforms import SGD
@@ -78,7 +78,7 @@ def server(n_virtual: int, n_servers: int, index: int) -> None:
     from raysgd.runtime.board import Board
     from raysgd.runtime.shared import SharedServer
 
-    span = even_split(GRADIENT, n_servers)[index]
+    span = even_split(total, n_servers)[index]
     n_params = len(span)
     board = Board.create(n_params)
     shard = ServerShard(
@@ -99,41 +99,60 @@ def server(n_virtual: int, n_servers: int, index: int) -> None:
     shared.close()
 
 
-def worker(n_virtual: int, n_servers: int, index: int, steps: int) -> None:
-    """One virtual worker that sleeps instead of computing: says the seconds of the steps after the first two."""
+def worker(
+    n_virtual: int, n_servers: int, index: int, steps: int, total: int = GRADIENT, sleep_ms: int = int(1e3 * COMPUTE_S)
+) -> None:
+    """One virtual worker that sleeps instead of computing: says the seconds of the steps after the first two, and of a
+    step in the fastest fiftieth of them."""
     from raysgd.learn.parameters import Range, even_split
     from raysgd.protocol.client import Client, Compute
     from raysgd.protocol.membership import Membership
     from raysgd.protocol.tree import Partial
     from raysgd.runtime.shared import SharedMemory
 
-    spans = even_split(GRADIENT, n_servers)
+    spans = even_split(total, n_servers)
     assignment = Membership(n_virtual).assign(index, Range(index, index + 1))
     client = Client(assignment, n_virtual, spans, start=0, until=steps)
     memory = SharedMemory(listen(), client.nodes, tuple(map(assignment.incarnations_of, client.nodes)), spans)
     say(memory.address)
     listen()
     pending = client.begin()
-    began = 0.0
+    times: list[float] = []
     while client.done is None:
         compute = next((i for i in pending if isinstance(i, Compute)), None)
         if compute is not None:
-            if compute.step == 2:
-                began = time.perf_counter()
-            time.sleep(COMPUTE_S)
+            if compute.step >= 2:
+                times.append(time.perf_counter())
+            if sleep_ms:
+                time.sleep(sleep_ms / 1e3)
             # A gradient is computed where the server reads it; what stands there is as good as any.
             pending = client.computed(compute.step, [Partial(memory.outputs(compute.step)[0], 1.0, 16)])
         else:
             pending = [i for reply in memory.exchange(pending) or [] for i in client.handle(reply)]  # type: ignore[arg-type]
-    say(time.perf_counter() - began)
+    times.append(time.perf_counter())
+    block = max(1, len(times) // 50)
+    fastest = min((b - a) / block for a, b in zip(times, times[block:], strict=False))
+    say((times[-1] - times[0], fastest))
     memory.close()
 
 
-def step_seconds(n_workers: int, n_servers: int, steps: int) -> float:
-    """Seconds a step, the slowest worker's, start-up excluded."""
-    servers = [Child("bench.scale", "server", n_workers, n_servers, i) for i in range(n_servers)]
+def step_seconds(
+    n_workers: int,
+    n_servers: int,
+    steps: int,
+    total: int = GRADIENT,
+    sleep_ms: int = int(1e3 * COMPUTE_S),
+    *,
+    fastest: bool = False,
+) -> float:
+    """Seconds a step, the slowest worker's, start-up excluded; total: parameters.
+
+    fastest: only of the fastest fiftieth of the steps, in which least else went on
+    """
+    servers = [Child("bench.scale", "server", n_workers, n_servers, i, total) for i in range(n_servers)]
     boards = [one.hear() for one in servers]
-    workers = [Child("bench.scale", "worker", n_workers, n_servers, i, 2 + steps) for i in range(n_workers)]
+    asked = (2 + steps, total, sleep_ms)
+    workers = [Child("bench.scale", "worker", n_workers, n_servers, i, *asked) for i in range(n_workers)]
     for one in workers:
         one.tell(boards)
     for one in workers:
@@ -143,10 +162,10 @@ def step_seconds(n_workers: int, n_servers: int, steps: int) -> float:
             serving.hear()
     for one in workers:
         one.tell("go")
-    seconds = max(one.hear() for one in workers)
+    heard = [one.hear() for one in workers]
     for child in (*workers, *servers):
         child.end()
-    return float(seconds) / steps
+    return max(block for _, block in heard) if fastest else max(seconds for seconds, _ in heard) / steps
 
 
 def updates(asked: Asked) -> str:

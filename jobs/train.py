@@ -4,7 +4,11 @@
     ray submit cluster.yaml jobs/train.py -- RUN.toml --address auto --storage-path s3://bucket/runs
 
 ``ray submit`` uploads this one file, so it uses nothing but the installed package. Arguments and exit codes are those
-of ``raysgd train``. Name data and storage by absolute paths or URIs that every node can read: ``ray job submit``
+of ``raysgd train``; ``raysgd quote`` writes arguments with spaces, quotes or ``$`` so that they arrive unchanged:
+
+    ray submit cluster.yaml jobs/train.py -- $(raysgd quote RUN.toml --set 'data.label="arr delay"')
+
+Name data and storage by absolute paths or URIs that every node can read: ``ray job submit``
 uploads the working directory without what git ignores, and it goes with the job.
 """
 

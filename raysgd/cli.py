@@ -1,4 +1,4 @@
-"""``raysgd``: train, evaluate, predict, plot, inspect, audit, digest, up-check.
+"""``raysgd``: prepare, train, evaluate, predict, plot, inspect, status, watch, audit, digest, up-check.
 
 Each command prints for people, and with ``--json`` one JSON object on standard output (errors too, as
 ``{"error": [sentences]}``) and everything else on standard error. Exit codes: 0 well, 1 a run failed, 2 bad input,
@@ -7,38 +7,31 @@ Each command prints for people, and with ``--json`` one JSON object on standard 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
 from raysgd.cli_cluster import up_check
+from raysgd.cli_look import status, watch
+from raysgd.cli_tables import evaluate, predict, prepare
+from raysgd.console import BAD_INPUT, CONFIG, FAILED, INTERRUPTED, OK, Outcome, find_run, quietly, tell_skipped, told
+from raysgd.encoding import decoded, quote
 from raysgd.errors import CheckpointError, InputError, Interrupted, RunError
 from raysgd.report import summary
-
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-#: The resolved config in a run's directory.
-CONFIG = "config.toml"
-
-#: What a command returns: the facts, and how to tell them to people.
-Outcome = tuple[dict[str, Any], Callable[[Mapping[str, Any]], str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = decoded(list(sys.argv[1:] if argv is None else argv))
     as_json = "--json" in arguments
     try:
         code = cli.main(arguments, prog_name="raysgd", standalone_mode=False)
@@ -91,29 +84,6 @@ def cli() -> None:
     """Stochastic gradient descent on tables: the same bytes on one core or on many."""
 
 
-def told(command: Callable[..., Outcome]) -> Callable[..., None]:
-    """Gives a command ``--json`` and prints what it returns. Until then standard output belongs to people."""
-
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-    @wraps(command)
-    def run(as_json: bool, **arguments: Any) -> None:
-        elsewhere = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-        with elsewhere:
-            facts, text = command(**arguments)
-        click.echo(json.dumps(_finite(facts), allow_nan=False) if as_json else text(facts))
-
-    return run
-
-
-def _finite(value: Any) -> Any:
-    """The same without what JSON does not have: NaN and infinity become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _workers(text: str) -> int | tuple[int, int]:
     """``4``; ``2-6`` or ``2,6``: the least and the most."""
     pair = re.fullmatch(r"([0-9]{1,18})[,-]([0-9]{1,18})", text)
@@ -135,7 +105,6 @@ def _whole(text: str) -> int:
     raise click.BadParameter(f"{text!r} is no whole number: give one in the digits 0 to 9, as 4")
 
 
-_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 _run = click.argument("run")
 
 
@@ -151,7 +120,7 @@ _run = click.argument("run")
 @click.option("--address", help="The Ray cluster to run on. Default: the one around this process, or a new one.")
 @click.option("--fresh", is_flag=True, help="Delete what the run has and start over.")
 @click.option("--dry-run", is_flag=True, help="Check everything that can be checked without training.")
-@_quiet
+@quietly
 @told
 def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet: bool, **options: Any) -> Outcome:
     """Train what CONFIG (a TOML file) describes, or continue it."""
@@ -195,41 +164,6 @@ def _overrides(
 
 
 @cli.command()
-@_run
-@click.option("--data", metavar="PATH", help="Labelled data. Default: the run's validation data.")
-@_quiet
-@told
-def evaluate(run: str, data: str | None, quiet: bool) -> Outcome:
-    """Score the best checkpoint of RUN on labelled data."""
-    from raysgd.data.dataset import ArrowDataset
-    from raysgd.sections import plain
-
-    path = find_run(run)
-    model = _model(path)
-    source = _validation(path) if data is None else ArrowDataset(data)
-    with _rows_bar("evaluate", quiet) as on_rows:
-        metrics = model.evaluate(source, on_rows)
-    facts = {"run": path, "checkpoint": model.path, "step": model.step, "data": plain(source.path), "metrics": metrics}
-    return facts, summary.scored
-
-
-@cli.command()
-@_run
-@click.option("--data", required=True, metavar="PATH", help="The rows to predict: a file, directory or glob.")
-@click.option("-o", "--output", "out", required=True, metavar="OUT", help="A .parquet, .arrow, .feather or .csv file.")
-@click.option("--columns", multiple=True, metavar="NAME[,NAME...]", help="Columns of the data to carry over.")
-@_quiet
-@told
-def predict(run: str, data: str, out: str, columns: tuple[str, ...], quiet: bool) -> Outcome:
-    """Predict rows with the best checkpoint of RUN, row group by row group."""
-    model = _model(find_run(run))
-    names = [name for entry in columns for name in entry.split(",") if name]
-    with _rows_bar("predict", quiet) as on_rows:
-        counts = model.predict_file(data, out, names, on_rows)
-    return {"output": out, "checkpoint": model.path, "step": model.step, **counts}, summary.predicted
-
-
-@cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("-o", "--output", "out", required=True, metavar="OUT", help="A .png, .svg or .pdf file.")
 @told
@@ -260,12 +194,13 @@ def _shown(path: str, paths: list[str]) -> str:
 def inspect(run: str) -> Outcome:
     """Show how RUN stands: its status, its checkpoints, its last metrics, its config."""
     from raysgd import checkpoint
-    from raysgd.report import metrics_log, status
+    from raysgd.report import metrics_log
+    from raysgd.report.status import read as read_status
     from raysgd.storage import Storage
 
     path = find_run(run)
     storage = Storage.open(path)
-    standing = status.read(storage)
+    standing = read_status(storage)
     lines = metrics_log.read(storage)
     last = {kind: next((r for r in reversed(lines) if r["kind"] == kind), None) for kind in ("train", "validation")}
     facts = {
@@ -302,52 +237,13 @@ def digest(run: str) -> Outcome:
     from raysgd.storage import Storage
 
     found = checkpoint.load(Storage.open(find_run(run)), "last")
-    _tell_skipped(found.skipped)
+    tell_skipped(found.skipped)
     return {"digest": found.digest(), "step": found.step, "checkpoint": found.path}, summary.digest
 
 
 cli.add_command(up_check)
-
-
-def find_run(run: str) -> str:
-    """The path of a run, given as its directory, its URI or its name under ``./runs``. Raises InputError."""
-    from raysgd.fitted import open_run
-
-    try:
-        return open_run(run).uri
-    except InputError:
-        if "/" in run:
-            raise
-    with contextlib.suppress(InputError):
-        return open_run(os.path.join("runs", run)).uri
-    raise InputError(f"there is no run {run!r}, here or in {os.path.abspath('runs')}: give the run's directory")
-
-
-def _model(path: str) -> Any:
-    from raysgd import checkpoint, fitted
-    from raysgd.storage import Storage
-
-    found = checkpoint.load(Storage.open(path), "best")
-    _tell_skipped(found.skipped)
-    return fitted.from_checkpoint(found)
-
-
-def _tell_skipped(sentences: Sequence[str]) -> None:
-    for sentence in sentences:
-        click.echo(f"warning: a damaged checkpoint was passed over: {sentence}", err=True)
-
-
-def _validation(path: str) -> Any:
-    """The validation data that the run's stored config names."""
-    from raysgd.config import loads
-    from raysgd.storage import Storage
-
-    storage = Storage.open(path)
-    text = storage.read(CONFIG).decode(errors="replace") if storage.exists(CONFIG) else None
-    spec = None if text is None else loads(text, path, source=f"{path}/{CONFIG}")
-    if spec is None or spec.validation is None:
-        raise InputError(f"{path} names no validation data: give some with --data")
-    return spec.validation
+cli.add_command(status)
+cli.add_command(watch)
 
 
 def _stored_tables(storage: Any) -> dict[str, Any] | None:
@@ -358,20 +254,8 @@ def _stored_tables(storage: Any) -> dict[str, Any] | None:
         return None
 
 
-@contextlib.contextmanager
-def _rows_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of rows on standard error, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
+for command in (prepare, evaluate, predict, quote):
+    cli.add_command(command)
 
 if __name__ == "__main__":
     sys.exit(main())

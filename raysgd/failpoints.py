@@ -47,6 +47,8 @@ NAMES = {
     "checkpoint.replaced": "save: the checkpoint counts; the older one of the same step is still there",
     "checkpoint.prune": "prune: a checkpoint that is no longer wanted is still there",
     "worker.start": "the actor of a worker is being made",
+    "prepare.scatter": "the rows of a piece are about to be sent to their files",
+    "prepare.gather": "a prepared file is about to be written",
     "worker.compute": "a worker is about to compute a step, of a dense model",
     "worker.rows": "it is about to read the rows of one virtual worker of a step",
     "worker.virtual": "it is about to compute the gradient of one of its virtual workers",

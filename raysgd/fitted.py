@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from raysgd import checkpoint as checkpoints
 from raysgd.checkpoint import Checkpoint
+from raysgd.data.calls import Calls, here
 from raysgd.data.columns import suggestion
 from raysgd.data.dataset import ArrowDataset, Dataset, open_dataset
 from raysgd.data.encode import Encoder
@@ -81,8 +82,11 @@ class FittedModel:
         parts = [self._probabilities(block) for block in self._scored(_table(rows))]
         return np.concatenate(parts)
 
-    def evaluate(self, data: ArrowDataset | str, on_rows: OnRows | None = None) -> dict[str, float]:
-        """The metrics over labelled data, row group by row group: the same figures that a run's validation gives.
+    def evaluate(
+        self, data: ArrowDataset | str, on_rows: OnRows | None = None, calls: Calls = here
+    ) -> dict[str, float]:
+        """The metrics over labelled data, row group by row group: the same figures that a run's validation gives,
+        whoever scores them.
 
         "loss", "rows", and "accuracy", "auc" or "rmse" where they apply; "unseen": category values that training
         did not see.
@@ -91,20 +95,25 @@ class FittedModel:
         dataset = open_dataset(replace(spec, nulls=self.encoder.nulls), self.encoder.columns)
         blocks: list[BlockScore] = []
         done, unseen = 0, 0
-        for shard in dataset.shards:
-            block, absent = score_shard(self.learner, self.params, self.encoder, dataset, shard.index)
-            if blocks:  # one histogram in all, not one for each row group
-                blocks[0], block = pooled([blocks[0], block])
+        found = calls(_score, (self, dataset), range(len(dataset.shards)))
+        for shard, (block, absent) in zip(dataset.shards, found, strict=True):
             blocks.append(block)
+            if len(blocks) > 1:  # one histogram in all, not one for each row group
+                blocks[0], blocks[-1] = pooled([blocks[0], block])
             done, unseen = done + shard.rows, unseen + absent
             if on_rows is not None:
                 on_rows(done, dataset.n_rows)
         return {**combine(blocks), "unseen": unseen}
 
     def predict_file(
-        self, source: ArrowDataset | str, out: str, columns: Sequence[str] = (), on_rows: OnRows | None = None
+        self,
+        source: ArrowDataset | str,
+        out: str,
+        columns: Sequence[str] = (),
+        on_rows: OnRows | None = None,
+        calls: Calls = here,
     ) -> dict[str, int]:
-        """Predicts a table of any size into a file, holding one row group at a time.
+        """Predicts a table of any size into a file, holding one row group at a time; the same bytes whoever predicts.
 
         source: the rows, as a path or an ArrowDataset; no label is needed
         out: ends in .parquet, .arrow, .feather or .csv; it appears when it is complete
@@ -120,23 +129,24 @@ class FittedModel:
         schema = self._output_schema(dataset, columns, path)
         counts = {"rows": 0, "unseen": 0, "missing": 0}
         with RowFile(out, schema) as file:
-            for block in self._blocks(dataset, columns):
-                file.write(self._output(block, schema, columns))
-                counts["rows"] += block.table.num_rows
-                counts["unseen"] += block.unseen
-                counts["missing"] += int(block.dropped.sum())
+            for batches, unseen, missing in calls(
+                _predict, (self, dataset, schema, tuple(columns)), range(len(dataset.shards))
+            ):
+                for batch in batches:
+                    file.write(batch)
+                counts["rows"] += sum(batch.num_rows for batch in batches)
+                counts["unseen"] += unseen
+                counts["missing"] += missing
                 if on_rows is not None:
                     on_rows(counts["rows"], dataset.n_rows)
         return counts
 
-    def _blocks(self, dataset: Dataset, columns: Sequence[str]) -> Iterator[_Scored]:
-        names = list(dict.fromkeys([*self.encoder.columns.features, *columns]))
-        for shard in dataset.shards:
-            table = dataset.read(shard.index, names)
-            try:
-                yield from (self._score(block) for block in _slices(table))
-            except InputError as error:
-                raise InputError([f"{dataset.where(shard.index)}: {p}" for p in error.problems]) from error
+    def _blocks(self, dataset: Dataset, shard: int, columns: Sequence[str]) -> Iterator[_Scored]:
+        table = dataset.read(shard, list(dict.fromkeys([*self.encoder.columns.features, *columns])))
+        try:
+            yield from (self._score(block) for block in _slices(table))
+        except InputError as error:
+            raise InputError([f"{dataset.where(shard)}: {p}" for p in error.problems]) from error
 
     def _scored(self, table: pa.Table) -> Iterator[_Scored]:
         for block in _slices(table):
@@ -184,6 +194,22 @@ class FittedModel:
         if self.classes:
             arrays += [_without(pa.array(p), block.dropped) for p in self._probabilities(block).T.copy()]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _score(shared: tuple[FittedModel, Dataset], shard: int) -> tuple[BlockScore, int]:
+    """The scores of a shard of labelled data, and how many category values were unseen."""
+    model, dataset = shared
+    return score_shard(model.learner, model.params, model.encoder, dataset, shard)
+
+
+def _predict(
+    shared: tuple[FittedModel, Dataset, pa.Schema, tuple[str, ...]], shard: int
+) -> tuple[list[pa.RecordBatch], int, int]:
+    """The predictions for a shard, how many category values were unseen, how many rows have no prediction."""
+    model, dataset, schema, columns = shared
+    blocks = list(model._blocks(dataset, shard, columns))
+    batches = [model._output(block, schema, columns) for block in blocks]
+    return batches, sum(b.unseen for b in blocks), sum(int(b.dropped.sum()) for b in blocks)
 
 
 @dataclass(frozen=True)

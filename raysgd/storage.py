@@ -209,8 +209,8 @@ class Storage:
         return not path or bool(self.filesystem.get_file_info(path).type != FileType.NotFound)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from writing this directory, for the duration of the block.
+    def lock(self, doing: str = "training this run") -> Iterator[None]:
+        """Keep other processes from writing this directory, for the duration of the block; ``doing`` is for people.
 
         A lock of the operating system, so it goes with the process; object stores have none, and nothing happens.
         Raises InputError where another process holds it.
@@ -228,7 +228,7 @@ class Storage:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"{self.uri} is in use: another process is training this run") from None
+                raise InputError(f"{self.uri} is in use: another process is {doing}") from None
             yield
 
     def delete_file(self, name: str) -> None:

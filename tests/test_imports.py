@@ -27,17 +27,24 @@ ROOMS["config"] = ROOMS["spec"] | {"spec"}
 ROOMS["checkpoint"] = {"errors", "learn", "data", "protocol", "storage"}
 ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "spec", "config"}
 ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
+ROOMS["prepared"] = {"errors", "learn", "data", "storage"}
+ROOMS["cost"] = {"errors", "learn", "protocol"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
 ROOMS["footprint"] = ROOMS["plan"] | {"plan"}
+ROOMS["outlook"] = ROOMS["plan"] | {"plan", "cost"}
 ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 # A failpoint can be anywhere.
 ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
 ROOMS["failpoints"] = {"errors"}
 ROOMS["runtime"] = set(ROOMS)
-ROOMS["cli_cluster"] = set(ROOMS)
+# The command line: what its commands share, some of them, all of them.
+ROOMS["encoding"] = {"errors"}
+ROOMS["console"] = {*ROOMS, "__init__"} - {"encoding"}
+ROOMS["cli_tables"] = {*ROOMS, "__init__"} - {"encoding"}
+ROOMS["cli_cluster"] = ROOMS["cli_look"] = ROOMS["cli_tables"]
 ROOMS["cli"] = {*ROOMS, "__init__"}
-ROOMS["__init__"] = set(ROOMS) - {"cli", "cli_cluster"}
+ROOMS["__init__"] = set(ROOMS) - {"cli", "cli_tables", "cli_cluster", "cli_look", "console", "encoding"}
 ROOMS["__main__"] = {"cli"}
 
 #: What a room may import from outside the standard library, where that is a promise.
@@ -50,6 +57,7 @@ OUTSIDE = {
     "protocol": {"numpy"},
     "simulate": {"numpy"},
     "simulate_sparse": {"numpy"},
+    "cost": {"numpy"},
     "data": {"numpy", "pyarrow"},
 }
 

@@ -272,18 +272,25 @@ def open_dataset(spec: ArrowDataset, columns_from: Columns | None = None, *, nee
     """
     if problems := spec.problems():
         raise InputError(problems)
-    found = find_files(spec.path, spec.filesystem)
+    table = open_table(find_files(spec.path, spec.filesystem))
+    columns = _columns(spec, table.arrow_schema, columns_from, need_label)
+    if table.n_rows == 0:
+        raise InputError(f"{spec.path} has no rows ({len(table.files)} files)")
+    return replace(table, schema=columns, nulls=spec.nulls)
+
+
+def open_table(found: Found) -> Dataset:
+    """Read the footers of files and check their schemas; no column has a role.
+
+    Raises InputError with a sentence for each violation, file and column named.
+    """
     footers = _footers(found)
     schema = _common_schema([path for path, _ in found.files], footers)
-    columns = _columns(spec, schema, columns_from, need_label)
     files = tuple(
         File(path, relative, f.kind, f.size, f.group_rows, f.digest)
         for (path, relative), f in zip(found.files, footers, strict=True)
     )
-    dataset = Dataset(found.filesystem, files, columns, schema, spec.nulls, found.ignored)
-    if dataset.n_rows == 0:
-        raise InputError(f"{spec.path} has no rows ({len(files)} files)")
-    return dataset
+    return Dataset(found.filesystem, files, Columns(()), schema, ignored=found.ignored)
 
 
 def _footers(found: Found) -> list[Footer]:

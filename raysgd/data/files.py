@@ -23,6 +23,9 @@ from raysgd.data.columns import listing
 from raysgd.errors import InputError
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
+
+#: A file of this name says that the data set of its directory is being written: it is not whole.
+UNFINISHED = "_PREPARING"
 _GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -53,13 +56,15 @@ class Footer:
     schema: pa.Schema
 
 
-def find_files(path: str | Sequence[str], filesystem: Any = None) -> Found:
+def find_files(path: str | Sequence[str], filesystem: Any = None, suffixes: tuple[str, ...] = SUFFIXES) -> Found:
     """All data files under a path: a file, a directory, a glob, or a list of these.
 
     Directories are searched recursively; names that begin with ``_`` or ``.`` are skipped. Files are sorted by
     their path relative to the directory, to the part before the glob's first wildcard, or to what a list's files share.
 
-    Raises InputError where something does not exist, is listed twice, or no file is found.
+    suffixes: what the names of data files in a directory end in, in small letters
+
+    Raises InputError where something does not exist, is listed twice, is not yet whole, or no file is found.
     """
     single = isinstance(path, str | os.PathLike)
     paths = [os.fspath(path)] if isinstance(path, str | os.PathLike) else [os.fspath(p) for p in path]
@@ -69,7 +74,7 @@ def find_files(path: str | Sequence[str], filesystem: Any = None) -> Found:
     if len({fs.type_name for fs, _ in located}) > 1:
         raise InputError(f"path must lie on one filesystem, got {listing(paths)}")
     fs = located[0][0]
-    searches = [_search(fs, base) for _, base in located]
+    searches = [_search(fs, base, suffixes) for _, base in located]
     files = [f for search in searches for f in search[0]]
     ignored = [name for search in searches for name in search[1]]
     if len(set(files)) < len(files):
@@ -77,7 +82,7 @@ def find_files(path: str | Sequence[str], filesystem: Any = None) -> Found:
         raise InputError(f"path names files twice: {listing(twice)}; list each once")
     if not files:
         other = f"; other files there: {listing(ignored, 5)}" if ignored else ""
-        raise InputError(f"no {', '.join(SUFFIXES)} file in {listing(paths, 5)}{other}")
+        raise InputError(f"no {', '.join(suffixes)} file in {listing(paths, 5)}{other}")
     root = searches[0][2] if single else commonpath([dirname(f) for f in files])
     pairs = sorted(((f, relpath(f, root) if root else f) for f in files), key=lambda pair: pair[1])
     return Found(fs, tuple(pairs), tuple(ignored))
@@ -102,12 +107,12 @@ def _from_uri(uri: str) -> tuple[Any, str]:
     return fs, path.rstrip("/") + uri[len(base) :].rstrip("/")
 
 
-def _search(fs: Any, path: str) -> tuple[list[str], list[str], str]:
+def _search(fs: Any, path: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str], str]:
     """(files, ignored names, root) of one path."""
     try:
         info = fs.get_file_info(path)
         if info.type == FileType.Directory:
-            return (*_inside(fs, path), path)
+            return (*_inside(fs, path, suffixes), path)
         if info.type == FileType.File:
             return [path], [], dirname(path)
         if _GLOB.search(path):
@@ -122,13 +127,17 @@ def _search(fs: Any, path: str) -> tuple[list[str], list[str], str]:
     raise InputError(f"{path} does not exist")
 
 
-def _inside(fs: Any, directory: str) -> tuple[list[str], list[str]]:
-    files, ignored = [], []
+def _inside(fs: Any, directory: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    files: list[str] = []
+    ignored: list[str] = []
     for path in [*_listed(fs, directory), *_dangling(fs, directory)]:
         inner = relpath(path, directory or ".") if directory else path
+        if basename(path) == UNFINISHED:
+            remedy = "`raysgd prepare` is writing it, or was ended: run it again"
+            raise InputError(f"{dirname(path)} is not whole: {remedy}")
         if any(part.startswith(("_", ".")) for part in inner.split("/")):
             continue
-        if path.lower().endswith(SUFFIXES):
+        if path.lower().endswith(suffixes):
             files.append(path)
         else:
             ignored.append(inner)

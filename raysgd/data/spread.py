@@ -172,5 +172,6 @@ def choose_window_rows(
     return rows, (
         f"the label depends on the place in the file, and windows of max_window_rows = {max_window_rows:,} rows do "
         f"not mix it: the label's share varies {1 + excess(rows):.1f} times as much between batches as it should. "
-        "Training may end worse than on shuffled data: raise max_window_rows, or prepare the files once in random order"
+        "Training may end worse than on shuffled data: raise max_window_rows, or shuffle the files "
+        "once with `raysgd prepare`"
     )

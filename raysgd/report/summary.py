@@ -58,9 +58,27 @@ def metrics(facts: Facts) -> dict[str, Any]:
 
 def dry_run(facts: Facts) -> str:
     """What ``train --dry-run`` found."""
-    numbers = {name.replace("_", " "): given for name, given in facts.items() if name != "columns"}
+    numbers = {name.replace("_", " "): given for name, given in facts.items() if name not in ("columns", "note")}
+    if facts.get("parameters") is not None and not numbers.pop("parameters exact", True):
+        numbers["parameters"] = f"{facts['parameters']:,}, from a few row groups: the others may add categories"
+    numbers |= {"": facts["note"]} if facts.get("note") else {}
     head = "nothing was trained; what can be checked before is well"
     return "\n".join([head, *facts["columns"], table(numbers)])
+
+
+def prepared(facts: Facts) -> str:
+    """What came out of ``prepare``."""
+    files = facts["files"]
+    size = sum(file["bytes"] for file in files.values())
+    head = "prepared" if facts["new"] else "nothing to do: prepared before from these files with these settings"
+    columns = [f"{name} {kind}" for name, kind in facts["columns"].items()]
+    rows = {
+        "data set": facts["out"],
+        "rows": facts["rows"],
+        "files": f"{len(files):,}, {size:,} bytes, row groups of about {facts['row_group_rows']:,} rows",
+        "columns": columns,
+    }
+    return f"{head}\n{table(rows)}"
 
 
 def scored(facts: Facts) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -87,10 +88,13 @@ class Gang:
         self.check_cluster: Callable[[], None] = lambda: None
         #: bytes available on each node; [] where nobody tells
         self.memory: Callable[[], Sequence[int]] = list
+        #: what its actors are called after, with something that no other run's are
+        self.name = "run"
+        self._unique = uuid4().hex[:6]
         #: tells people
         self.say: Callable[[str], None] = lambda _line: None
         self._site = here()
-        self._numbers = 0
+        self._numbers = self._named = 0
         #: by when workers are asked for: how many
         self._later: list[tuple[float, int]] = []
         #: why workers died while they started, until somebody has been told
@@ -116,7 +120,8 @@ class Gang:
         for _ in range(least):
             self.ask_worker()
         bundles: list[Bundle | None] = [*self.server_bundles] or [None] * scaling.num_servers
-        servers = [ServerActor.options(**self._server_options(b)).remote() for b in bundles]
+        asked = [self._server_options(f"server-{i}", b) for i, b in enumerate(bundles)]
+        servers = [ServerActor.options(**options).remote() for options in asked]
         self._await_placed(servers, deadline)
         ready = call([ref for a in servers for ref in (a.process.remote(), a.site.remote())], "starting the servers")
         self.servers = [Member(a, ready[2 * i], ready[2 * i + 1]) for i, a in enumerate(servers)]
@@ -133,6 +138,7 @@ class Gang:
         if bundle is not None:
             self._bundle_of[number] = bundle
         options = self._options(self.scaling.worker_cpus, bundle) | {"resources": self.scaling.worker_resources}
+        options["name"] = self._called(f"worker-{number}")
         actor = WorkerActor.options(**options).remote()
         self.asked[number] = Asked(actor, [actor.process.remote(), actor.site.remote()])
         return number
@@ -195,7 +201,7 @@ class Gang:
 
     def ask_replica(self, index: int, bundle: Bundle) -> None:
         """Ask Ray for a server that can follow that of a shard."""
-        actor = ServerActor.options(**self._server_options(bundle)).remote()
+        actor = ServerActor.options(**self._server_options(f"replica-{index}", bundle)).remote()
         self.replicas_asked[index] = Asked(actor, [actor.process.remote(), actor.site.remote()])
 
     def ask_spares(self) -> None:
@@ -203,7 +209,7 @@ class Gang:
         for site in {s.site for s in self.servers if s.site is not None} - set(self.spares) - set(self._coming):
             node = site.rpartition(" ")[2]
             near = NodeAffinitySchedulingStrategy(node, soft=False)
-            options = {**self._options(0, None), "scheduling_strategy": near}
+            options = {**self._options(0, None), "scheduling_strategy": near, "name": self._called("spare")}
             actor = ServerActor.options(**options).remote()
             held = [a for place, a in self.boards if place == site]
             self._coming[site] = Asked(actor, [actor.process.remote(), actor.hold.remote(held)])
@@ -373,8 +379,14 @@ class Gang:
 
     # -- what Ray is asked for
 
-    def _server_options(self, bundle: Bundle | None) -> dict[str, Any]:
-        return self._options(self.scaling.server_cpus, bundle) | {"resources": self.scaling.server_resources}
+    def _server_options(self, called: str, bundle: Bundle | None) -> dict[str, Any]:
+        options = {"resources": self.scaling.server_resources, "name": self._called(called)}
+        return self._options(self.scaling.server_cpus, bundle) | options
+
+    def _called(self, what: str) -> str:
+        """An actor's name in Ray's dashboard; no two are the same, since Ray keeps those of the dead for a while."""
+        self._named += 1
+        return f"raysgd/{self.name}/{what}/{self._unique}-{self._named}"
 
     def _options(self, cpus: float, bundle: Bundle | None) -> dict[str, Any]:
         options: dict[str, Any] = {"num_cpus": cpus, "runtime_env": {"env_vars": SINGLE_THREADED}}

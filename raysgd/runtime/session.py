@@ -20,14 +20,12 @@ from ray._private import worker as ray_worker
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
 from raysgd.learn.checks import address_problems
+from raysgd.learn.threads import SINGLE_THREADED
 from raysgd.runtime.guard import descendants, guarded, take_along
 from raysgd.runtime.process import Process
 from raysgd.runtime.token import refuse_strangers
 
-#: one BLAS thread per actor: the number of threads changes the order of sums, and so the bytes
-SINGLE_THREADED = dict.fromkeys(
-    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
+__all__ = ["SINGLE_THREADED", "Session", "session"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from typing import Any
 from raysgd import checkpoint as checkpoints
 from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
-from raysgd.data.sampler import Sampler
 from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
+from raysgd.outlook import outlook
 from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
 from raysgd.protocol.membership import backoff
 from raysgd.report import metrics_log, status
@@ -147,28 +147,22 @@ class Trainer:
         )
 
     def dry_run(self) -> dict[str, Any]:
-        """What would be done, from footers and the run's directory alone; nothing is started, nothing that is written
-        stays."""
+        """What would be done, needed and taken; nothing is started, nothing that is written stays.
+
+        From footers, the run's directory, and the statistics of a few row groups.
+        """
         tables, begin = self._open()
         needed = self._needed(tables)
-        spec, rows = self.spec, tables.train.n_rows
-        train = spec.train
-        steps = Sampler(
-            tables.train.shard_rows, train.batch_size, train.virtual_workers, train.seed, spec.data.window_rows
-        ).steps_per_epoch
+        plan = None if begin.checkpoint is None else plan_from_manifest(self.spec, tables, begin.checkpoint.manifest)
         return {
             "run": self._storage.uri,
-            "training_rows": rows,
+            "training_rows": tables.train.n_rows,
             "training_shards": len(tables.train.shards),
             "validation_rows": None if tables.validation is None else tables.validation.n_rows,
             "columns": tables.train.describe(),
-            "steps_per_epoch": steps,
-            "total_steps": steps * spec.train.epochs,
             "begins_at_step": begin.step,
-            "workers": spec.scaling.num_workers,
-            "servers": spec.scaling.num_servers,
-            "cpus": spec.scaling.cpus,
             "memory": None if needed is None else needed.describe(),
+            **outlook(self.spec, tables, plan),
         }
 
     def fit(self) -> Result:
@@ -258,6 +252,7 @@ class Trainer:
         # Our own cluster has room by construction: there only the start of processes can take long.
         gang = Gang(self.spec.scaling, START_TIMEOUT_S if cluster.started else None)
         gang.check_cluster, gang.memory, gang.say = cluster.check, cluster.memory, self.report.say
+        gang.name = str(self.spec.run.name)
         try:
             self._train(gang, tables, begin, plan, keeper)
         except (RollBackError, ActorLostError) as error:

@@ -18,6 +18,9 @@ import pytest
 from ray_runs import ROOT, Marked, curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
 from raysgd import checkpoint
+from raysgd.data.source import Preparation
+from raysgd.encoding import encoded
+from raysgd.prepared import prepare
 from raysgd.storage import Storage
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -53,8 +56,10 @@ class JobServer:
     #: where Ray's programs join
     gcs: str
 
-    def submit(self, *arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-        job = ["--working-dir", ".", *options, "--", "python", "jobs/train.py", *arguments]
+    def submit(
+        self, *arguments: str, options: Sequence[str] = (), script: str = "train"
+    ) -> subprocess.CompletedProcess[str]:
+        job = ["--working-dir", ".", *options, "--", "python", f"jobs/{script}.py", *arguments]
         return self.ray("job", "submit", *job)
 
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -171,3 +176,20 @@ def test_a_storage_path_inside_the_working_directory_is_refused(jobs: JobServer)
     printed = done.stdout + done.stderr
     assert "run.storage_path must not lie in a Ray job's working directory" in printed
     assert "give an absolute path outside of it or a URI (--storage-path)" in printed
+
+
+def test_arguments_that_no_launcher_quotes_arrive(jobs: JobServer) -> None:
+    """Encoded words through Ray's own joining: a CSV file is prepared over tasks, to the bytes of one process."""
+    place = jobs.working_dir.parent / "my $data"
+    place.mkdir()
+    (place / "a b.csv").write_text("x,late\n" + "".join(f"{i},{i % 2}\n" for i in range(2_000)))
+    words = [str(place / "a b.csv"), "--output", str(place / "out"), "--num-workers", "2"]
+    done = jobs.submit(*encoded(words), script="prepare")
+    assert done.returncode == 0, done.stdout + done.stderr
+    prepare(Preparation(words[0]), str(place / "here"))
+    found, expected = ({p.name: p.read_bytes() for p in (place / name).iterdir()} for name in ("out", "here"))
+    assert found == expected
+    bad = jobs.submit(*encoded([str(place / "no such file"), "--output", str(place / "bad")]), script="prepare")
+    assert bad.returncode == 1
+    assert "no such file does not exist" in bad.stdout + bad.stderr
+    assert not (place / "bad").exists()

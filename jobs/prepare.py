@@ -1,0 +1,19 @@
+"""Shuffle CSV, JSON lines or Parquet on disk into evenly cut Parquet files: ``raysgd prepare`` as a script, for
+``ray submit`` and ``ray job submit``.
+
+    ray job submit --working-dir . -- python jobs/prepare.py /shared/clicks --output /shared/shuffled --num-workers 16
+    ray submit cluster.yaml jobs/prepare.py -- /shared/clicks --output /shared/shuffled --num-workers 16 --address auto
+
+``ray submit`` uploads this one file, so it uses nothing but the installed package. Arguments and exit codes are those
+of ``raysgd prepare``; ``raysgd quote`` writes arguments with spaces, quotes or ``$`` so that they arrive unchanged.
+Name data and outputs by absolute paths or URIs that every node sees.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from raysgd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))
