@@ -39,7 +39,7 @@ def main(path: str, steps: int, moves: int) -> None:
         made = options(gang, cpus, bundle)
         if cpus == gang.scaling.worker_cpus:
             asked.append(PART_S * (1 if asked else 10))
-            order = {"RAYSGD_FAILPOINTS": f"worker.rows:sleep={asked[-1]}"}
+            order = {"RAYSGD_FAILPOINTS": f"worker.virtual:sleep={asked[-1]}"}
             made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **order}
         return made
 

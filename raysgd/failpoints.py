@@ -50,7 +50,6 @@ NAMES = {
     "prepare.scatter": "the rows of a piece are about to be sent to their files",
     "prepare.gather": "a prepared file is about to be written",
     "worker.compute": "a worker is about to compute a step, of a dense model",
-    "worker.rows": "it is about to read the rows of one virtual worker of a step",
     "worker.virtual": "it is about to compute the gradient of one of its virtual workers",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",

@@ -145,18 +145,6 @@ def _sorted(instructions: Sequence[Instruction]) -> tuple[list[Request], Compute
     return requests, compute
 
 
-def _watched(batch: Callable[[int, int], Batch | None]) -> Callable[[int, int], Batch | None]:
-    """The same with a failpoint before each virtual worker's rows; as it is, where none is armed."""
-    if not failpoints.armed:
-        return batch
-
-    def reached(step: int, v: int) -> Batch | None:
-        failpoints.reach("worker.rows", step)
-        return batch(step, v)
-
-    return reached
-
-
 class Worker:
     """One worker: it keeps its decoded windows and the last parameters it pulled between calls."""
 
@@ -270,7 +258,7 @@ class Worker:
         )
         loader = self._loader(share.assignment.run)
         ahead = loader.draw if task.local is None else None
-        batch = _watched(loader.batch)
+        batch = loader.batch
         report = train_loop(client, self._transport(share), task.learner, batch, task.local, ahead, self.meter)
         if self.relay is not None:
             self.relay.check()

@@ -53,7 +53,7 @@ class Run:
             made = options(gang, cpus, bundle)
             if cpus == gang.scaling.worker_cpus:
                 asked.append(cpus)
-                order = {"RAYSGD_FAILPOINTS": f"worker.rows:sleep={first_s if len(asked) == 1 else PACE_S}"}
+                order = {"RAYSGD_FAILPOINTS": f"worker.virtual:sleep={first_s if len(asked) == 1 else PACE_S}"}
                 made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **order}
             self.gangs = [gang]
             return made
