@@ -258,8 +258,8 @@ class Worker:
         )
         loader = self._loader(share.assignment.run)
         ahead = loader.draw if task.local is None else None
-        batch = loader.batch
-        report = train_loop(client, self._transport(share), task.learner, batch, task.local, ahead, self.meter)
+        transport = self._transport(share)
+        report = train_loop(client, transport, task.learner, loader.batch, task.local, ahead, self.meter)
         if self.relay is not None:
             self.relay.check()
         if report.done.reason in ("reached", "diverged"):
@@ -268,7 +268,7 @@ class Worker:
 
     def _run_sparse(self, task: Task, learner: BoundHashed, share: Share, until: int) -> LoopReport:
         client = SparseClient(share.assignment, task.n_virtual, task.spans, start=share.start, until=until)
-        batch = _watched(self._loader(share.assignment.run).batch)
+        batch = self._loader(share.assignment.run).batch
         return sparse_loop(client, self._transport(share), learner, batch, self.meter)
 
     def score(self, version: int, shards: Sequence[int]) -> tuple[list[BlockScore], int]:
