@@ -97,6 +97,7 @@ class ScalingConfig:
     num_workers: Ray actors that compute gradients: a number, or a pair (least, most) between which it may change while
         the run goes on
     num_servers: Ray actors that hold the parameters
+    replicas: copies of every server on another node than its own, 0 or 1: with one, a node can be lost without a step
     worker_cpus, server_cpus: logical CPUs that each of them asks for
     cache_bytes: decoded rows that each worker keeps in memory, bytes
     placement_timeout_s: seconds to wait for an existing cluster to place the actors
@@ -109,6 +110,7 @@ class ScalingConfig:
 
     num_workers: Any = 1  # int or (int, int): least_workers and most_workers are what it means
     num_servers: int = 1
+    replicas: int = 0
     worker_cpus: float = 1.0
     server_cpus: float = 0.5
     cache_bytes: int = 268_435_456
@@ -131,18 +133,24 @@ class ScalingConfig:
     @property
     def cpus(self) -> float:
         """Logical CPUs that the actors of a run ask for together at the least."""
-        return self.least_workers * self.worker_cpus + self.num_servers * self.server_cpus
+        servers = self.num_servers * (1 + self.replicas)
+        return self.least_workers * self.worker_cpus + servers * self.server_cpus
 
     def problems(self) -> list[str]:
         """One sentence for each violation."""
         return [
             *self._worker_problems(),
             *count_problems("num_servers", self.num_servers),
+            *self._replica_problems(),
             *_cpu_problems("worker_cpus", self.worker_cpus),
             *_cpu_problems("server_cpus", self.server_cpus),
             *count_problems("cache_bytes", self.cache_bytes, at_least=0),
             *number_problems("placement_timeout_s", self.placement_timeout_s, above=0),
         ]
+
+    def _replica_problems(self) -> list[str]:
+        good = isinstance(self.replicas, Integral) and not isinstance(self.replicas, bool) and 0 <= self.replicas <= 1
+        return [] if good else [f"replicas must be 0 or 1, got {shown(self.replicas)}"]
 
     def _worker_problems(self) -> list[str]:
         given = self.num_workers
@@ -311,6 +319,11 @@ class RunSpec:
         if self.data.label is None:
             found.append("data.label is missing: name the column to predict")
         found += self._share_problems()
+        if self.scaling.replicas == 1 and self.train.staleness != 0:
+            found.append(
+                f"scaling.replicas must be 0 where staleness is allowed (train.staleness = {self.train.staleness}): "
+                "a lost server goes back to the newest checkpoint"
+            )
         if isinstance(self.optimizer, AdaGrad) and self.train.local_steps != 1:
             found.append(
                 f"train.local_steps must be 1 with AdaGrad, got {self.train.local_steps}: between two pushes workers "
@@ -330,6 +343,8 @@ class RunSpec:
         """What a hashed model, of which a step touches few weights, does not go together with; and FTRL with others."""
         model, found = self.model, []
         hashed = isinstance(model, HashedLogisticRegression | FactorizationMachine)
+        if hashed and self.scaling.replicas == 1:
+            found.append("scaling.replicas must be 0 with hashed categories, got 1")
         for name, allowed in (("staleness", 0), ("local_steps", 1), ("clip_norm", None)) if hashed else ():
             if (given := getattr(self.train, name)) != allowed:
                 only = "left out" if allowed is None else str(allowed)

@@ -26,9 +26,9 @@ N_ROWS = 61
 BITS = 4
 
 #: versions that are trained: a round of three local steps is one
-STEPS = {"bsp": 20, "ssp": 20, "sparse": 20, "clipped": 20, "local": 12}
-#: of eight schedules five are of the plain kind
-MIX = ("bsp", "bsp", "bsp", "bsp", "bsp", "ssp", "sparse", "clipped or local")
+STEPS = {"bsp": 20, "ssp": 20, "sparse": 20, "clipped": 20, "local": 12, "copied": 20}
+#: of eight schedules four are of the plain kind
+MIX = ("bsp", "bsp", "copied", "bsp", "bsp", "ssp", "sparse", "clipped or local")
 
 #: every kind of fault; in a schedule of 20 steps about: 1 worker killed, 1 in 2 hung, 1 server dead, 1 in 5 rolled back
 EVERYTHING = {
@@ -44,6 +44,9 @@ EVERYTHING = {
     "node_loss": 0.005,
     "checkpoint_every": 6,
 }
+
+#: with a replica of every server, more of them are lost with their memory
+COPIED = {"replicas": True, "replica_kill": 0.02, "node_loss": 0.03}
 
 #: how far the loss under SSP may be from BSP's, which is 0.3
 SSP_LOSS = 0.03
@@ -133,9 +136,11 @@ def kind_of(seed: int) -> str:
 
 def schedule(seed: int, kind: str | None = None, **changes: float) -> Outcome:
     """One schedule. The seed decides what is trained, how many workers begin, and how many may carry at once."""
-    faults = Faults(seed, **{**EVERYTHING, **changes})  # type: ignore[arg-type]
+    kind = kind or kind_of(seed)
+    copied = kind == "copied" or (kind in ("clipped", "local") and seed % 4 < 2)
+    faults = Faults(seed, **{**EVERYTHING, **(COPIED if copied else {}), **changes})  # type: ignore[arg-type]
     most = 1 + (5 * seed + seed // V) % V
-    return train(kind or kind_of(seed), n_workers=1 + seed % V, n_servers=N_SERVERS, faults=faults, most=most)
+    return train(kind, n_workers=1 + seed % V, n_servers=N_SERVERS, faults=faults, most=most)
 
 
 def complaints(outcome: Outcome, kind: str) -> list[str]:

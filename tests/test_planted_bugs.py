@@ -23,6 +23,7 @@ from raysgd.protocol.gate import Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.membership import Assignment, Membership, Share
 from raysgd.protocol.messages import Pull, Pulled, Push, Verdict
+from raysgd.protocol.replica import Copied, Sealed
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.stale import StaleShard
 from raysgd.protocol.tree import EMPTY, Partial, TreeSum, add, cover
@@ -392,6 +393,58 @@ def truths() -> None:
     """Computed by the real protocol, before any bug is there."""
     assert all(truth(kind) for kind in STEPS)
     assert bsp_loss()
+
+
+# -- replicas
+
+
+@bug("copied")
+def told_before_the_replica_has_it(patch: Patch) -> None:
+    patch.setattr(ServerShard, "told", property(lambda self: self.version))
+
+
+@bug("copied")
+def a_replica_applies_what_it_has(patch: Patch) -> None:
+    follow = ServerShard.follow
+
+    def again(self: ServerShard, sealed: Sealed) -> int:
+        return follow(self, replace(sealed, commit=sealed.commit._replace(step=self.version)))
+
+    patch.setattr(ServerShard, "follow", again)
+
+
+@bug("copied")
+def never_said_again_to_a_replica(patch: Patch) -> None:
+    patch.setattr(Copied, "say_again", lambda _self: None)
+
+
+@bug("copied", node_loss=0.2)
+def a_copy_without_the_version_before(patch: Patch) -> None:
+    copy = ServerShard.copy
+    patch.setattr(ServerShard, "copy", lambda self: replace(copy(self), previous=None))
+
+
+@bug("copied")
+def a_copy_without_what_the_driver_was_not_told(patch: Patch) -> None:
+    copy = ServerShard.copy
+    patch.setattr(ServerShard, "copy", lambda self: replace(copy(self), commits=[]))
+
+
+@bug("copied")
+def another_rate_at_the_replica(patch: Patch) -> None:
+    follow = ServerShard.follow
+
+    def faster(self: ServerShard, sealed: Sealed) -> int:
+        return follow(self, replace(sealed, commit=sealed.commit._replace(rate=self._rate(0))))
+
+    patch.setattr(ServerShard, "follow", faster)
+
+
+@bug("clipped", replicas=True, node_loss=0.05)
+def a_promoted_replica_without_the_norms(patch: Patch) -> None:
+    """Another shard may still wait for what the dead primary knew."""
+    follow = ServerShard.follow
+    patch.setattr(ServerShard, "follow", lambda self, sealed: follow(self, replace(sealed, square_sums=None)))
 
 
 def test_there_are_many_bugs_to_plant() -> None:

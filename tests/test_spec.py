@@ -299,3 +299,21 @@ def test_ftrl_refuses_what_it_cannot_do() -> None:
         "got StepDecay(initial=0.1, factor=0.5, at=(3,))",
         "optimizer.l1 must be >= 0, got -1",
     ]
+
+
+@pytest.mark.parametrize("given", [2, -1, True, 1.0, "1"])
+def test_replicas_are_none_or_one(given: Any) -> None:
+    assert ScalingConfig(replicas=given).problems() == [f"replicas must be 0 or 1, got {given!r}"]
+
+
+def test_replicas_ask_for_cpus() -> None:
+    assert ScalingConfig(num_workers=2, num_servers=3, server_cpus=0.5, replicas=1).cpus == 5
+
+
+def test_replicas_need_dense_models_without_staleness() -> None:
+    one = ScalingConfig(replicas=1)
+    [stale] = a_spec(train=TrainConfig(staleness=2), scaling=one).problems()
+    assert "scaling.replicas must be 0 where staleness is allowed (train.staleness = 2)" in stale
+    [hashed] = a_spec(model=HashedLogisticRegression(4), scaling=one).problems()
+    assert hashed == "scaling.replicas must be 0 with hashed categories, got 1"
+    assert a_spec(scaling=one).problems() == []

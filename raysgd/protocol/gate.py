@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.clock import Clocks
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.messages import Halted, Norms, NotYet, Verdict
+from raysgd.protocol.replica import Copied
 from raysgd.protocol.tree import is_node
 
 
@@ -82,6 +84,8 @@ class Gate(Generic[S]):
         self.commits: list[Commit] = []
         #: what other shards must be told; whoever carries messages takes it from here
         self.outbox: list[Norms] = []
+        #: what is known of this shard's replica, where it has one
+        self.copied: Copied | None = None
         self._pending = pending
         self._pending_incarnations: dict[Range, tuple[int, ...]] = {}
 
@@ -89,6 +93,12 @@ class Gate(Generic[S]):
     def version(self) -> int:
         """The newest sealed version."""
         raise NotImplementedError
+
+    @property
+    def told_clocks(self) -> Int64:
+        """(n_virtual,) steps committed of each virtual worker that anybody may know of."""
+        steps: Int64 = self.clocks.steps.copy()
+        return steps
 
     def fence(self, run: Range, incarnation: int) -> int:
         """From now on only ``incarnation`` may push for ``run``; returns the step where a successor begins."""

@@ -18,14 +18,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raysgd.learn.batch import Float32, Float64
+from raysgd.learn.batch import Float32, Float64, Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Commit, Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
+from raysgd.protocol.replica import Copy, Sealed
 from raysgd.protocol.tree import Order, Partial, TreeSum, add_up, additions, is_node
 from raysgd.protocol.update import Rule, Update, clip_factor
+
+#: records that a replica keeps: of what its primary may not have told the driver yet
+KEPT_COMMITS = 8192
 
 
 class ServerShard(Gate[TreeSum]):
@@ -101,6 +105,17 @@ class ServerShard(Gate[TreeSum]):
         return self._newest.step
 
     @property
+    def told(self) -> int:
+        """The newest version that anybody may know of: where there is a replica, it holds that too."""
+        return self.version if self.copied is None else min(self.version, self.copied.version)
+
+    @property
+    def told_clocks(self) -> Int64:
+        """As of every shard; not beyond what the replica holds, too."""
+        steps = super().told_clocks
+        return steps if self.copied is None else np.minimum(steps, self.told)
+
+    @property
     def has_previous(self) -> bool:
         """Whether the version before the newest is whole."""
         return self._previous.step >= 0
@@ -142,12 +157,43 @@ class ServerShard(Gate[TreeSum]):
     def pull(self, pull: Pull) -> Pulled | NotYet | Gone | Halted:
         """The parameters at exactly the version asked for."""
         for generation in (self._newest, self._previous):
-            if generation.step == pull.version >= 0:  # scratch is of none
+            if self.told >= pull.version == generation.step >= 0:  # scratch is of none
                 return Pulled(self.index, pull.version, generation.params.copy())
         if pull.version < self.version:
             held = self._previous.step
             return Gone(self.index, pull.version, oldest=held if held >= 0 else self.version)
         return self._later(pull.version)
+
+    def freeze(self) -> int:
+        """As of every shard; not beyond what the replica holds, too."""
+        return min(super().freeze(), self.told)
+
+    def drain(self, since: int) -> list[Commit]:
+        """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
+        told = self.told
+        return [c for c in super().drain(since) if c.step < told]
+
+    def copy(self) -> Copy:
+        """All that a replica begins with; until it says that it has that, the shard goes on alone."""
+        self.copied = None
+        previous = self._previous.copy() if self.has_previous else None
+        return Copy(self._newest.copy(), previous, list(self.commits))
+
+    def follow(self, sealed: Sealed) -> int:
+        """As a replica, take over a step that the primary sealed; the version that is here now.
+
+        A step that is here already is passed over, and so is one that comes too early: it is said again.
+        """
+        step, commit = sealed.step, sealed.commit
+        if step == self.version:
+            finite = self._write(step, commit.rate, [sealed.gradient], (), factor=sealed.factor)
+            assert finite, "the primary sealed it"
+            self._seal(commit)
+            if sealed.square_sums is not None:
+                self._last_norms = step, sealed.square_sums
+            if len(self.commits) > 2 * KEPT_COMMITS:
+                del self.commits[:-KEPT_COMMITS]
+        return self.version
 
     def norms(self, norms: Norms) -> None:
         """Take another shard's sums of squares; answer where it is a step behind and asks."""
@@ -214,17 +260,27 @@ class ServerShard(Gate[TreeSum]):
     def _apply(self, factor: np.float32 | None) -> None:
         """Write generation t+1 into the buffers of t-1 and seal it if it is finite."""
         step, (nodes, parts, order) = self.version, self._arrange()
-        rate = self._rate(step)
-        if not self._write(step, rate, [p.gradient for p in parts], order, factor=factor):
+        rate, gradients = self._rate(step), [p.gradient for p in parts]
+        loss = add_up([p.loss for p in parts], order)
+        if self.copied is not None:
+            gradients, order = [self.update.summed(gradients, order)], ()
+        if not self._write(step, rate, gradients, order, factor=factor):
             self.diverged = step
             return
-        self._newest.step = step + 1
-        self.clocks.advance(self._pending.root)
         told = tuple((n, self._pending_incarnations[n], p.rows) for n, p in zip(nodes, parts, strict=True))
-        loss = add_up([p.loss for p in parts], order)
-        self.commits.append(Commit(step, loss, sum(p.rows for p in parts), rate, told))
+        commit = Commit(step, loss, sum(p.rows for p in parts), rate, told)
+        self._seal(commit)
+        if self.copied is not None:
+            square_sums = None if self._last_norms is None else self._last_norms[1]
+            self.copied.say(Sealed(self.index, gradients[0], commit, factor, square_sums))
         self._pending.parts = {}
         self._pending_incarnations = {}
+
+    def _seal(self, commit: Commit) -> None:
+        """What was written is the next version."""
+        self._newest.step = commit.step + 1
+        self.clocks.advance(self._pending.root)
+        self.commits.append(commit)
 
     def _rate(self, step: int) -> float:
         return self.rule.rate(self.rule.rounds.begin(step))

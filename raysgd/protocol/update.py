@@ -145,6 +145,17 @@ class Update:
                     sums.append(np.add.reduce(g[whole:], keepdims=True))
         return np.concatenate(sums)
 
+    def summed(self, gradients: Sequence[Float32 | None], order: Sequence[tuple[int, int]]) -> Float32 | None:
+        """The parts' sum over the whole shard, in memory of its own; None where all are absent."""
+        size = sum(block.stop - block.start for block in self.blocks)
+        out: Float32 = np.empty(size, np.float32)
+        for block in self.blocks:
+            total = self._total(gradients, order, block, block.stop - block.start)
+            if total is None:
+                return None
+            out[block] = total
+        return out
+
     def _l2(self, index: int, share: float) -> float:
         return self.rule.l2 * share * len(self.rule.rounds.steps(index)) if self.rule.l2 else 0.0
 

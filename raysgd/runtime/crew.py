@@ -41,6 +41,7 @@ from raysgd.runtime.drain import Notices
 from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
 from raysgd.runtime.place import by_node
 from raysgd.runtime.rates import Rates
+from raysgd.runtime.replicas import Replicas
 from raysgd.runtime.report import LoopReport
 from raysgd.runtime.transport import ServerLostError
 from raysgd.runtime.worker import Task
@@ -49,6 +50,9 @@ T = TypeVar("T")
 
 #: seconds after the begin at which spare servers are asked for: a short run does without
 SPARE_AFTER_S = 2.0
+
+#: seconds to wait for each replica at the begin
+REPLICA_S = 60.0
 
 #: seconds to wait for a worker where none is left
 NOBODY_S = 120.0
@@ -98,12 +102,15 @@ class Crew:
         self._began = time.monotonic()
         #: called with the version that all servers hold, when everybody has stopped and before others carry on
         self.settled: Callable[[int], None] = lambda _version: None
+        self.replicas = Replicas(gang)
         gang.watch = self._pulse
 
     def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
         """Start the servers and give every worker that is there its virtual workers."""
         slots = () if self.plan.sparse else tuple(self.plan.spec.optimizer.slots)
         self.gang.begin(shards, self.plan.spans(), self.plan.buffers, slots)
+        self.replicas.ask()
+        self.replicas.come(timeout=REPLICA_S)
         members = list(self.gang.workers.items())
         for i in by_node([member.site for _, member in members], [place for place, _ in self.gang.boards]):
             self._decide(Joined(members[i][0], members[i][1].site))
@@ -194,6 +201,8 @@ class Crew:
         self._heed()
         for number in self._welcome():
             self.say(f"worker {number} joined at step {self.step():,}: {len(self.gang.workers)} workers")
+        self.replicas.ask()
+        self._due = self.replicas.come() or self._due
         if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
             self.gang.ask_spares()
             self.gang.look_for_spares()
@@ -205,8 +214,9 @@ class Crew:
             raise _Changed
 
     def _heed(self) -> None:
-        """Have the workers of nodes that are announced to go hand over."""
-        for number in self.notices.look(self.gang, movable=self.plan.consistency.exact):
+        """Have the workers of nodes that are announced to go hand over; servers, too, unless replicas take their places."""
+        movable = self.plan.consistency.exact and not self.gang.scaling.replicas
+        for number in self.notices.look(self.gang, movable=movable):
             self.say(f"the node of worker {number} will go: it hands over at step {self.step():,}")
             self._decide(Draining(number))
 
@@ -227,6 +237,8 @@ class Crew:
                 why = f"server {index} hung for {server.pulse.silent_s:.1f} s: no answer, and no CPU time"
                 self.gang.bury(server)
                 raise ActorLostError(why, server.id)
+        for index, why in self.replicas.watch().items():
+            self.say(f"the replica of server {index} is lost at step {self.step():,} ({why}); another is asked for")
 
     def _decide(self, event: Event) -> None:
         """Tell the membership, and do what it decides; new assignments take effect when it is next safe."""
@@ -295,7 +307,13 @@ class Crew:
         self._stop_runs()
         self._due = True
         if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
+            self.replicas.rejoin(index)
             self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
+            return
+        self.gang.bury(self.gang.servers[index])
+        if self.replicas.promote(index):
+            how = f"({first_line(error)}); its replica on another node takes its place"
+            self.say(f"server {index} is lost at step {self.step():,} {how}")
             return
         raise RollBackError(f"server {index} was lost with its state: {first_line(error)}", charged=not announced)
 
@@ -383,6 +401,9 @@ class Crew:
         servers, spans = gang.server_actors, plan.spans()
         gang.call([s.regroup.remote() for s in servers], "fencing")
         gang.call([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
+        slots = tuple(plan.spec.optimizer.slots)
+        for index in self.replicas.follow(plan.successors(), spans, slots):
+            self.say(f"server {index} has a replica on another node from step {self.step():,} on")
         clocks = gang.call([s.clocks.remote() for s in servers], "reading the clocks")
         self.shares = {a.worker: Share.at(a, self.n_virtual, clocks) for a in assignments}
         carriers = list(self.shares)

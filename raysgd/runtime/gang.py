@@ -27,6 +27,9 @@ from raysgd.spec import ScalingConfig
 #: the CPUs reserved for one actor: the group, and the place in it
 Bundle: TypeAlias = tuple[PlacementGroup, int]
 
+#: the CPUs of each actor of a placement group, and how the group is to be placed
+Ask: TypeAlias = tuple[list[float], str]
+
 
 @dataclass
 class Member:
@@ -70,10 +73,16 @@ class Gang:
         #: by node: a server that holds the memory of those there, to take the place of one of them
         self.spares: dict[str, Member] = {}
         self._coming: dict[str, Asked] = {}
+        #: by shard: the server on another node that follows it, see :class:`~raysgd.runtime.replicas.Replicas`
+        self.replicas: dict[int, Member] = {}
+        self.replicas_asked: dict[int, Asked] = {}
         #: the worker that relays for a node, and where the parameters of far shards are on it
         self.relays: dict[str, tuple[int, dict[int, BoardAddress]]] = {}
         #: the CPUs reserved for each worker, then for each server, where there are several nodes: group and index in it
         self.bundles: list[Bundle] = []
+        #: where there are replicas: by shard, the bundle of its server, and that of its replica on another node
+        self.server_bundles: list[Bundle] = []
+        self.replica_bundles: list[Bundle] = []
         #: bundles of workers that nobody uses
         self._free: list[Bundle] = []
         self._bundle_of: dict[int, Bundle] = {}
@@ -96,14 +105,21 @@ class Gang:
         """
         deadline = time.monotonic() + self.timeout_s
         self._await_free(deadline)
-        if sum("CPU" in node["Resources"] for node in ray.nodes() if node["Alive"]) > 1:
+        nodes = sum("CPU" in node["Resources"] for node in ray.nodes() if node["Alive"])
+        if nodes > 1:
             self._reserve(deadline)
+        elif self.scaling.replicas:
+            raise InputError(
+                "scaling.replicas = 1 keeps a copy of every server on another node, and the cluster has one node: "
+                "add nodes, or set it to 0"
+            )
         scaling = self.scaling
         least = scaling.least_workers
         self._free = self.bundles[:least]
+        self.server_bundles = self.bundles[least:]
         for _ in range(least):
             self.ask_worker()
-        bundles: list[Bundle | None] = [*self.bundles[least:]] or [None] * scaling.num_servers
+        bundles: list[Bundle | None] = [*self.server_bundles] or [None] * scaling.num_servers
         servers = [ServerActor.options(**self._options(scaling.server_cpus, b)).remote() for b in bundles]
         self._await_placed(servers, deadline)
         ready = call([ref for a in servers for ref in (a.process.remote(), a.site.remote())], "starting the servers")
@@ -173,6 +189,11 @@ class Gang:
     def server_actors(self) -> list[Any]:
         return [s.actor for s in self.servers]
 
+    def ask_replica(self, index: int, bundle: Bundle) -> None:
+        """Ask Ray for a server that can follow that of a shard."""
+        actor = ServerActor.options(**self._options(self.scaling.server_cpus, bundle)).remote()
+        self.replicas_asked[index] = Asked(actor, [actor.process.remote(), actor.site.remote()])
+
     def ask_spares(self) -> None:
         """On every node with a server have one more, which holds the memory of those there; it asks for no CPU."""
         for site in {s.site for s in self.servers if s.site is not None} - set(self.spares) - set(self._coming):
@@ -226,7 +247,7 @@ class Gang:
 
     def relay(self, workers: Sequence[int], spans: Sequence[Range], n_virtual: int, version: int) -> None:
         """On each node that has ``workers`` but lacks a server, have one stand in for it from ``version`` on."""
-        begun = {}
+        begun, before = {}, {host for host, _ in self.relays.values()}
         sites = [self.workers[w].site for w in workers]
         for site, host in relay_hosts(sites, [place for place, _ in self.boards]).items():
             number = workers[host]
@@ -236,6 +257,9 @@ class Gang:
                 if place != site
             }
             begun[site] = number, self.workers[number].actor.relay_to.remote(far, spans, n_virtual, version)
+        idle = before & set(self.workers) - {host for host, _ in begun.values()}
+        ended = [self.workers[host].actor.relay_to.remote({}, spans, n_virtual, version) for host in idle]
+        self.call(ended, "ending relays")
         boards = self.call([ref for _, ref in begun.values()], "starting the relays")
         self.relays = {site: (host, at) for (site, (host, _)), at in zip(begun.items(), boards, strict=True)}
 
@@ -327,17 +351,19 @@ class Gang:
 
     def neighbours(self, member: Member) -> list[Member]:
         """Other actors of the same node."""
-        everyone = [*self.servers, *self.spares.values(), *self.workers.values()]
+        everyone = [*self.servers, *self.spares.values(), *self.replicas.values(), *self.workers.values()]
         return [m for m in everyone if m is not member and m.site is not None and m.site == member.site]
 
     def close(self) -> None:
-        waiting = [a.actor for a in (*self.asked.values(), *self._coming.values())]
-        for actor in (*(m.actor for m in (*self.workers.values(), *self.servers, *self.spares.values())), *waiting):
+        members = (*self.workers.values(), *self.servers, *self.spares.values(), *self.replicas.values())
+        waiting = (*self.asked.values(), *self._coming.values(), *self.replicas_asked.values())
+        for actor in [*(m.actor for m in members), *(a.actor for a in waiting)]:
             ray.kill(actor)
-        for group in {group.id: group for group, _ in self.bundles}.values():
+        for group in {group.id: group for group, _ in (*self.bundles, *self.replica_bundles)}.values():
             remove_placement_group(group)
-        self.workers, self.servers, self.relays, self.bundles = {}, [], {}, []
+        self.workers, self.servers, self.relays, self.bundles, self.replica_bundles = {}, [], {}, [], []
         self.asked, self._coming, self.spares = {}, {}, {}
+        self.replicas, self.replicas_asked = {}, {}
 
     # -- what Ray is asked for
 
@@ -356,24 +382,34 @@ class Gang:
         scaling = self.scaling
         workers, servers = [scaling.worker_cpus] * scaling.least_workers, [scaling.server_cpus] * scaling.num_servers
         half = (time.monotonic() + deadline) / 2
-        if self._grouped([workers, servers], "SPREAD", half) or self._grouped([workers + servers], "PACK", deadline):
+        if scaling.replicas:
+            pairs: list[Ask] = [([cpus, cpus], "STRICT_SPREAD") for cpus in servers]
+            ways = [[*pairs, (workers, "SPREAD")], [*pairs, (workers, "PACK")]]
+        else:
+            ways = [[(workers, "SPREAD"), (servers, "SPREAD")], [(workers + servers, "PACK")]]
+        if self._grouped(ways[0], half) or self._grouped(ways[1], deadline):
+            if scaling.replicas:  # server and replica of each pair, then the workers
+                paired = self.bundles[: 2 * len(servers)]
+                self.bundles = [*self.bundles[2 * len(servers) :], *paired[::2]]
+                self.replica_bundles = paired[1::2]
             return
+        apart = ", and its replica for as many on another node" if scaling.replicas else ""
         raise InputError(
             "the free CPUs of the cluster are not on nodes where all actors fit: "
-            f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}. "
+            f"a worker asks for {scaling.worker_cpus:g} CPUs, a server for {scaling.server_cpus:g}{apart}. "
             "Ask for fewer, or wait until other jobs end"
         )
 
-    def _grouped(self, asks: list[list[float]], strategy: str, deadline: float) -> bool:
+    def _grouped(self, asks: Sequence[Ask], deadline: float) -> bool:
         """Reserve the CPUs asked for, in a group for each kind, the larger first; False where they do not fit."""
         groups: dict[int, PlacementGroup] = {}
-        for i in sorted(range(len(asks)), key=lambda i: asks[i][0], reverse=True):
-            groups[i] = placement_group([{"CPU": cpus} for cpus in asks[i]], strategy)
+        for i in sorted(range(len(asks)), key=lambda i: asks[i][0][0], reverse=True):
+            groups[i] = placement_group([{"CPU": cpus} for cpus in asks[i][0]], asks[i][1])
             if not groups[i].wait(max(0.1, deadline - time.monotonic())):
                 for group in groups.values():
                     remove_placement_group(group)
                 return False
-        self.bundles = [(groups[i], k) for i, ask in enumerate(asks) for k in range(len(ask))]
+        self.bundles = [(groups[i], k) for i, (ask, _) in enumerate(asks) for k in range(len(ask))]
         return True
 
     def _await_free(self, deadline: float) -> None:

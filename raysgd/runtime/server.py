@@ -20,6 +20,7 @@ from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Norms, NotYet, Pull, Push, Reply, Request
+from raysgd.protocol.replica import Copied, Copy, Sealed
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
 from raysgd.protocol.sparse_shard import SparseShard
@@ -32,6 +33,9 @@ from raysgd.runtime.sparse_shared import SparseSharedServer
 
 #: a node's name, and where a server's parameters are shared there
 Place: TypeAlias = tuple[str | None, BoardAddress | None]
+
+#: seconds to leave a replica alone that Ray cannot reach at the moment
+PAUSE_S = 0.5
 
 #: a pull of a version that is not sealed yet is answered after this long at the latest; the worker asks again
 LONG_POLL_S = 1.0
@@ -53,6 +57,9 @@ class Server:
         self.servers: Sequence[Any] = ()
         #: boards of other servers of this node, mapped while those live, so that this one can succeed them
         self.held: dict[BoardAddress, Board] = {}
+        #: the actor that follows this one on another node; whether this one follows another
+        self.replica: Any = None
+        self.follows = False
 
     async def begin(
         self, make: Callable[..., ServerShard | SparseShard], span: Range, buffers: int, slots: tuple[str, ...]
@@ -87,6 +94,84 @@ class Server:
         make = partial(make, generation=remains.newest, previous=remains.previous, commits=remains.commits)
         return await self.begin(make, span, address.buffers, address.slots)
 
+    # -- replicas
+
+    async def copy(self) -> Copy:
+        """All that a replica begins with; from here on this server goes on alone."""
+        with self.lock:
+            copy: Copy = self.shard.copy()
+            self.replica = None
+            self._publish()
+        return copy
+
+    async def follow_from(
+        self, copy: Copy, make: Callable[..., ServerShard], span: Range, buffers: int, slots: tuple[str, ...]
+    ) -> Place:
+        """Become the replica of the server whose copy this is."""
+        make = partial(make, generation=copy.newest, previous=copy.previous, commits=copy.commits)
+        self.follows = True
+        return await self.begin(make, span, buffers, slots)
+
+    async def followed_by(self, replica: Any, version: int) -> None:
+        """From now on a step is told to others when this replica, which holds ``version``, has it, too."""
+        with self.lock:
+            self.replica = replica
+            self.shard.copied = Copied(version)
+
+    async def alone(self) -> None:
+        """The replica is dead: go on without."""
+        with self.lock:
+            self.replica = self.shard.copied = None
+            self._publish()
+
+    @untold
+    async def follow(self, sealed: Sealed | None) -> int:
+        """As a replica, take over a step (None: none); the version that is held. Who was promoted follows nobody."""
+        if not self.follows:
+            return -1
+        with self.lock:
+            version: int = self.shard.version if sealed is None else self.shard.follow(sealed)
+        return version
+
+    async def promote(self) -> Place:
+        """Take the primary's place: from here on nobody is followed."""
+        assert self.shared is not None
+        self.follows = False
+        with self.lock:
+            self._publish()
+        return here(), self.shared.address
+
+    def _ship(self) -> None:
+        """Tell the replica what it must have. The caller holds the lock."""
+        copied, replica = self.shard.copied, self.replica
+        if copied is None or replica is None:
+            return
+        assert self.loop is not None
+        # By way of the loop: where the answer is there at once, a callback would run here, and the lock is taken.
+        later, answered = self.loop.call_soon_threadsafe, partial(self._followed, replica)
+        for sealed in copied.outbox:
+            replica.follow.remote(sealed).future().add_done_callback(partial(later, answered))
+        copied.outbox.clear()
+
+    def _followed(self, replica: Any, future: Any) -> None:
+        """The replica has answered, or cannot be reached; one that is dead is the driver's business."""
+        error = future.exception()
+        if error is None:
+            with self.lock:
+                copied = self.shard.copied
+                if replica is not self.replica or copied is None:
+                    return
+                if copied.confirm(future.result()):
+                    self._publish()
+        elif isinstance(error, ray.exceptions.ActorUnavailableError) and self.loop is not None:
+            self.loop.call_later(PAUSE_S, self._ship_again, replica)
+
+    def _ship_again(self, replica: Any) -> None:
+        with self.lock:
+            if replica is self.replica and self.shard.copied is not None:
+                self.shard.copied.say_again()
+                self._ship()
+
     @untold
     async def beat(self) -> None:
         """A sign of life."""
@@ -114,7 +199,7 @@ class Server:
     async def clocks(self) -> Int64:
         """(n_virtual,) steps committed of each virtual worker."""
         with self.lock:
-            found: Int64 = self.shard.clocks.steps.copy()
+            found: Int64 = self.shard.told_clocks
         return found
 
     async def meet(self, servers: Sequence[Any]) -> None:
@@ -185,6 +270,7 @@ class Server:
         for norms in self.shard.outbox:
             self.servers[norms.to].norms.remote(norms)
         self.shard.outbox.clear()
+        self._ship()
 
     def _publish(self) -> None:
         if self.shared is not None:
@@ -193,6 +279,9 @@ class Server:
 
     def _advanced_in_thread(self) -> None:
         self._tell()
+        self._wake_from_thread()
+
+    def _wake_from_thread(self) -> None:
         if self.loop is not None and self.waiting:
             self.loop.call_soon_threadsafe(self._wake)
 

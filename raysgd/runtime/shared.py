@@ -312,8 +312,9 @@ class SharedServer:
         self._recorded = self.board.record(shard.commits, self._recorded)
         words[FROZEN] = shard.frozen
         words[DIVERGED] = -1 if shard.diverged is None else shard.diverged
-        words[SEQUENCE] = shard.sequence
-        words[NEWEST] = shard.version
+        told = shard.told
+        words[SEQUENCE] = shard.sequence - (shard.version - told)  # a step that the replica lacks is not told yet
+        words[NEWEST] = told
         for address, slots in self._workers:
             self._ringer.ring(address.bell, slots.segment.words)
 

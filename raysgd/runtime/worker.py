@@ -214,9 +214,12 @@ class Worker:
     def relay_to(
         self, servers: Mapping[int, Any], spans: Sequence[Range], n_virtual: int, version: int
     ) -> dict[int, BoardAddress]:
-        """Stand in on this node for servers of other nodes from ``version`` on; returns the boards."""
+        """Stand in on this node for servers of other nodes from ``version`` on, if any; returns the boards."""
         if self.relay is not None:
             self.relay.close()
+            self.relay = None
+        if not servers:
+            return {}
         self.relay = NodeRelay({shard: actor_calls(s) for shard, s in servers.items()}, spans, n_virtual)
         self.relay.ask(version)
         return self.relay.boards

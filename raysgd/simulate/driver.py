@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raysgd.protocol.generation import join
 from raysgd.protocol.ledger import entry, extend
 from raysgd.protocol.membership import Assign, Assignment, Committed, Decision, Fail, Kill, Left, Start, Wait
+from raysgd.simulate import replicas
 
 if TYPE_CHECKING:
     from raysgd.simulate.simulation import Simulation
@@ -48,6 +49,7 @@ def assign(sim: Simulation, assignments: Sequence[Assignment]) -> None:
     relieve(sim)
     if sim.down:
         return
+    replicas.fill(sim)
     for shard in range(len(sim.shards)):
         fence(sim, shard, assignments)
         for _ in range(0 if sim.faults.in_order else sim.random.randrange(4)):

@@ -77,6 +77,9 @@ class Faults:
     server_kill: float = 0.0
     #: a server dies with its memory
     node_loss: float = 0.0
+    #: every server has a replica, where the consistency allows it; which dies
+    replicas: bool = False
+    replica_kill: float = 0.0
     checkpoint_every: int = 0
     patience: int = 0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from raysgd.protocol.membership import HANGS_IN_ONE_STEP, Draining, Left, Silent
 from raysgd.protocol.shares import Measured
+from raysgd.simulate import replicas
 from raysgd.simulate.servers import strike
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def befall(sim: Simulation) -> None:
         (faults.slow, slow),
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
+        (faults.replica_kill, replicas.strike),
     ):
         if probability and chance() < probability:
             fault(sim)

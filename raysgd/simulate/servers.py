@@ -1,7 +1,8 @@
 """What befalls server shards: they die, also while they write, and are succeeded; or all return to a checkpoint.
 
 dies ─┬─ its memory is whole ──▶ successor: newest sealed generation, the one before, what it had not told ─┐
-      └─ is lost, or not enough ──▶ all shards from the checkpoint, a new timeline ─────────────────────────┤
+      ├─ is lost, or not enough ──▶ its replica, where it has one ──────────────────────────────────────────┤
+      └─ that, too ──▶ all shards from the checkpoint, a new timeline ──────────────────────────────────────┤
                                                  fences, clocks, fresh clients ◀── Membership.refence() ◀───┘
 """
 
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.ledger import rollback as open_timeline
+from raysgd.protocol.replica import Copied
 from raysgd.protocol.update import Cell, Update
-from raysgd.simulate import driver
+from raysgd.simulate import driver, replicas
 
 if TYPE_CHECKING:
     from raysgd.simulate.simulation import Simulation
@@ -49,13 +52,19 @@ class Dying:
 
 
 def remains(dead: Any) -> tuple[Generation, Generation | None]:
-    """What is found in a dead shard's memory: the newest sealed generation, and the one before unless it was being
-    written over."""
+    """What is found in a dead shard's memory: the newest generation that was told, and the one before unless it was
+    being written over."""
+    told = getattr(dead, "told", dead.version)
     try:
-        previous = dead.snapshot(dead.version - 1)
+        previous = dead.snapshot(told - 1)
     except KeyError:
         previous = None
-    return dead.snapshot(dead.version), previous
+    return dead.snapshot(told), previous
+
+
+def untold(sim: Simulation, index: int, version: int) -> list[Commit]:
+    """What a shard committed before ``version`` and did not tell the driver."""
+    return [commit for commit in sim.shards[index].commits if sim.told[index] <= commit.step < version]
 
 
 def strike(sim: Simulation, *, memory_lost: bool) -> None:
@@ -79,10 +88,10 @@ def recover(sim: Simulation, index: int) -> None:
     if index not in sim.down:
         return  # all returned to a checkpoint meanwhile
     driver.relieve(sim)
-    if sim.down[index] or not sim.succeeds():
-        roll_back(sim)
-    else:
+    if not sim.down[index] and sim.succeeds():
         succeed(sim, index)
+    elif not replicas.promote(sim, index):
+        roll_back(sim)
     if not sim.down:
         driver.act(sim, sim.membership.refence())
 
@@ -90,8 +99,9 @@ def recover(sim: Simulation, index: int) -> None:
 def succeed(sim: Simulation, index: int) -> None:
     dead = sim.shards[index]
     generation, previous = remains(dead)
-    untold = [commit for commit in dead.commits if commit.step >= sim.told[index]]
-    replace(sim, index, sim.make_shard(index, generation, previous, untold))
+    replace(sim, index, sim.make_shard(index, generation, previous, untold(sim, index, generation.step)))
+    replica = sim.replicas[index]
+    sim.shards[index].copied = None if replica is None else Copied(replica.shard.version)
     del sim.down[index]
 
 
@@ -113,6 +123,7 @@ def roll_back(sim: Simulation) -> None:
         sim.violation(f"I5: {lost} steps are lost where checkpoints are {sim.faults.checkpoint_every} apart")
     for i, span in enumerate(sim.spans):
         replace(sim, i, sim.make_shard(i, checkpoint.cut(span)))
+        sim.replicas[i] = None
     sim.timeline = open_timeline(sim.outcome.ledger, sim.problem.rule.rounds.begin(checkpoint.step)).timeline
     sim.told = [checkpoint.step] * len(sim.shards)
     sim.down.clear()

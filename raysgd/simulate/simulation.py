@@ -25,7 +25,7 @@ from raysgd.protocol.messages import Norms, NotYet, Pull, Pulled, Push, PushRepl
 from raysgd.protocol.sparse import SparsePull, SparsePush
 from raysgd.protocol.stale import shard_class, succeeds
 from raysgd.protocol.tree import Partial
-from raysgd.simulate import driver, servers
+from raysgd.simulate import driver, replicas, servers
 from raysgd.simulate.network import Delivery, Network
 from raysgd.simulate.problem import Faults, Outcome, Problem
 from raysgd.simulate.processes import Process, befall
@@ -102,6 +102,9 @@ class Simulation:
         self.waiting: list[list[Delivery]] = [[] for _ in self.shards]
         #: shards whose process is dead, and whether their memory is lost, too
         self.down: dict[int, bool] = {}
+        #: by shard: its replica; and how many there were
+        self.replicas: list[replicas.Replica | None] = [None] * n_servers
+        self.replica_number = 0
         #: by shard: the commits before which the driver was told of, and how many processes it had before this one
         self.told, self.successions = [whole.step] * n_servers, [0] * n_servers
         self.begin, self.checkpoint, self.timeline = whole.step, whole, 0
@@ -225,7 +228,7 @@ class Simulation:
 
     def start(self, assignment: Assignment) -> None:
         """Begin where all shards' clocks say, under incarnations that all of them know."""
-        share = Share.at(assignment, self.problem.n_virtual, [s.clocks.steps for s in self.shards])
+        share = Share.at(assignment, self.problem.n_virtual, [s.told_clocks for s in self.shards])
         self.current.append(len(self.seats))
         self.seats.append(Seat(assignment.worker, self.make_client(share)))
         self.begin_seat(self.current[-1])
@@ -249,7 +252,8 @@ class Simulation:
             self.network.send(index, content)
 
     def retry(self, seats: Sequence[int]) -> None:
-        """These workers say again what is unanswered."""
+        """These workers say again what is unanswered, and so do servers to their replicas."""
+        replicas.say_again(self)
         for index in seats:
             seat = self.seats[index]
             if self.processes[seat.worker] is Process.RUNNING:
@@ -264,6 +268,9 @@ class Simulation:
         if isinstance(content, Norms):
             if index not in self.down:
                 self.at(index, partial(self.shards[index].norms, content))
+            return
+        if isinstance(content, replicas.Between):
+            replicas.receive(self, index, content)
             return
         if isinstance(content, Push | SparsePush):
             self.answer(index, self.push(content))
@@ -346,6 +353,7 @@ class Simulation:
         for norms in self.shards[shard].outbox:
             self.network.send(norms.to, norms)
         self.shards[shard].outbox.clear()
+        replicas.tell(self, shard)
 
     # -- the invariants that can only be judged at the end
 

@@ -1,7 +1,7 @@
 """Several runs over one table on a cluster that is there: ``python drive.py ADDRESS DIRECTORY CASES``.
 
-CASES is a JSON list of {"name", "settings", "calls"}; a line of JSON with what each came to is printed.
-"calls": whether actor calls are forced on all workers.
+CASES is a JSON list of {"name", "settings", "calls", "spares"}; a line of JSON with what each came to is printed.
+"calls": whether actor calls are forced on all workers;  "spares": whether servers have one, true by default
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from raysgd.runtime.trainer import Trainer
 
 
 class Lines(Silent):
-    """Keeps what is said."""
+    """Keeps what is said, and prints it."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
+        print(text, flush=True)
 
 
 def drive(place: Path, case: dict[str, Any]) -> dict[str, Any]:
-    same_node, lines = crew.same_node, Lines()
+    same_node, spare_after_s, lines = crew.same_node, crew.SPARE_AFTER_S, Lines()
+    if not case.get("spares", True):
+        crew.SPARE_AFTER_S = 1e9
     if case.get("calls"):
         crew.same_node = lambda *_: None
     try:
@@ -40,7 +43,7 @@ def drive(place: Path, case: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         return {"case": case, "error": str(error)}
     finally:
-        crew.same_node = same_node
+        crew.same_node, crew.SPARE_AFTER_S = same_node, spare_after_s
     return {"case": case, "digest": result.digest, "step": result.step, "said": lines.said}
 
 
