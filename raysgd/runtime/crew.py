@@ -216,8 +216,9 @@ class Crew:
             raise _Changed
 
     def _heed(self) -> None:
-        """Have the workers of nodes that are announced to go hand over."""
-        for number in self.notices.look(self.gang, movable=self.plan.consistency.exact):
+        """Have workers hand over whose node is announced to go, and servers, unless replicas take their places."""
+        movable = self.plan.consistency.exact and not self.gang.scaling.replicas
+        for number in self.notices.look(self.gang, movable=movable):
             self.say(f"the node of worker {number} will go: it hands over at step {self.step():,}")
             self._decide(Draining(number))
 

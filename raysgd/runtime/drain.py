@@ -44,7 +44,7 @@ class Notices:
     def look(self, gang: Gang, *, movable: bool) -> list[int]:
         """Ask Ray, now and then; the workers that are to hand over, each once.
 
-        movable: whether a checkpoint can be made of any version; else servers stay until their node goes
+        movable: whether servers are to move, which takes a checkpoint; else they stay until their node goes
         """
         if time.monotonic() < self._looked + LOOK_S:
             return []

@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "run__log_every": 10,
     "run__checkpoint_every": 10**6,
     "run__failure_config__max_failures": 0,
+    "scaling__placement_timeout_s": 90,
 }
 
 
@@ -222,7 +223,7 @@ def test_where_no_room_is_left_servers_go_with_their_node(
     """They stay as long as they can, with a checkpoint now and then; the loss was announced, and costs the steps since
     the last of them."""
     cpus = 2 + 2 * (len(cluster.raylets) - 1)  # two of the head's four are held
-    run = start("stays", num_workers=cpus - 2, num_servers=2, server_cpus=1, placement_timeout_s=90)
+    run = start("stays", num_workers=cpus - 2, num_servers=2, server_cpus=1)
     node = cluster.elsewhere("Server")
     cluster.announce(node)
     run.says(r"the node of worker \d will go: it hands over at step [1-9]")
