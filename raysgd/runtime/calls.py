@@ -48,6 +48,10 @@ class ActorLostError(RunError):
         return str(self.args[0])
 
 
+class ResultLostError(ActorLostError):
+    """Who computed a result may be alive, but the result went with the node that kept it, or with the way to it."""
+
+
 def call(
     refs: Sequence[Any], what: str, timeout: float | None = None, watch: Callable[[], None] | None = None
 ) -> list[Any]:
@@ -77,6 +81,8 @@ def result(ref: Any, what: str) -> Any:
         return ray.get(ref)
     except GONE as error:
         raise lost(what, error) from error
+    except ray.exceptions.ObjectLostError as error:
+        raise ResultLostError(f"{what}: Ray lost the result\n{error}") from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaysgdError):
             raise error.cause from None

@@ -36,7 +36,7 @@ from raysgd.protocol.membership import (
     Stillborn,
     Wait,
 )
-from raysgd.runtime.calls import WATCH_S, ActorLostError, call, first_line, gather, result
+from raysgd.runtime.calls import WATCH_S, ActorLostError, ResultLostError, call, first_line, gather, result
 from raysgd.runtime.gang import Gang, free_cpus, same_node, shared_out
 from raysgd.runtime.place import by_node
 from raysgd.runtime.report import LoopReport
@@ -243,7 +243,7 @@ class Crew:
             return
         for number, worker in list(self.gang.workers.items()):
             if worker.id == error.actor:
-                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
                 self._left(number, first_line(error))
                 return
         for index, server in enumerate(self.gang.servers):
@@ -260,7 +260,7 @@ class Crew:
             try:
                 call([worker.actor.beat.remote()], f"worker {number}", timeout=10.0)
             except ActorLostError:
-                self.say(f"worker {number} is lost at step {self.step():,}; the others go on")
+                self.say(f"worker {number} is lost at step {self.step():,}{_for_memory(error)}; the others go on")
                 self._left(number, first_line(error))
                 found = True
             except RunError:
@@ -271,14 +271,20 @@ class Crew:
             except RunError as lost:
                 self._server_lost(index, lost)
                 found = True
-        if not found:
+        if not found and not isinstance(error, ResultLostError):
             raise error
+        if not found:  # it is asked for again
+            self._charge(first_line(error))
 
-    def _server_lost(self, index: int, error: RunError) -> None:
+    def _charge(self, why: str) -> None:
+        """Count a loss, unless one of the same moment was counted; raises RunError where it is one too many."""
         charged, self._charged = not self._charged, True
-        for decision in self.membership.charge(f"server {index} was lost: {first_line(error)}") if charged else []:
+        for decision in self.membership.charge(why) if charged else []:
             assert isinstance(decision, Fail)
             raise RunError(decision.why)
+
+    def _server_lost(self, index: int, error: RunError) -> None:
+        self._charge(f"server {index} was lost: {first_line(error)}")
         self._stop_runs()
         self._due = True
         if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
@@ -387,6 +393,11 @@ class Crew:
         sharing = sum(gang.call(connected, "connecting the workers"))
         if sharing < len(carriers):
             self.say(f"{sharing} of {len(carriers)} workers share memory on their node")
+
+
+def _for_memory(error: RunError) -> str:
+    """What people are told where Ray killed somebody for memory: it will again, unless something is done."""
+    return ", killed because its node ran out of memory" if "ran out of memory" in first_line(error) else ""
 
 
 #: why a worker whose canary differs is refused, and what to do

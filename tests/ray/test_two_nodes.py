@@ -148,6 +148,29 @@ def test_servers_are_spread_and_runs_lie_side_by_side(results: dict[str, dict[st
     assert sorted(line["shards"] for line in found) == ["0", "1"]
 
 
+def test_where_the_object_stores_are_full(cluster: Nodes, place: Path) -> None:
+    """Both nodes' stores hold as much as they can, and more goes to disk all the time: sums wait, none is lost."""
+    filler = Marked([sys.executable, str(ROOT / "tests" / "ray" / "fill_stores.py"), cluster.address], place)
+    settings, _ = CASES["large"]
+    case = {"name": "full", "settings": settings}
+    drive = str(ROOT / "tests" / "ray" / "drive.py")
+    driver = None
+    try:
+        wait_for("full stores", lambda: "full" in filler.text or filler.process.poll() is not None, 120)
+        assert filler.process.poll() is None, filler.text
+        driver = Marked([sys.executable, drive, cluster.address, str(place), json.dumps([case])], place)
+        assert driver.wait(200) == 0, driver.text
+        assert filler.process.poll() is None, filler.text
+        [result] = [json.loads(line) for line in driver.text.splitlines() if line.startswith("{")]
+    finally:
+        for each in (filler, driver):
+            if each is not None:
+                each.end()
+    assert any(TRAFFIC.match(line) for line in result["said"]), result["said"]
+    one = one_process_digests(spec_of(place, **MLP), [END])[END]
+    assert (result["step"], result["digest"]) == (END, one)
+
+
 def test_actors_that_fit_on_no_nodes_are_refused(results: dict[str, dict[str, Any]]) -> None:
     assert "not on nodes where all actors fit: a worker asks for 4 CPUs, a server for 3" in results["misfit"]["error"]
 
