@@ -49,6 +49,8 @@ NAMES = {
     "worker.compute": "a worker is about to compute a step, of a dense model",
     "worker.computed": "its sums lie where the servers read them; no server has been told",
     "worker.pushed": "the servers were told; it waits for the next version",
+    "worker.score": "a worker is about to score validation rows, at a version",
+    "server.snapshot": "a server is about to copy its state at a version, for a checkpoint",
     "server.applied": "a server has written the next version; nobody has been told",
     "server.published": "the node has been told of the next version, the driver has not read the commit",
 }

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import ray
 
+from raysgd import failpoints
 from raysgd.errors import RunError
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
@@ -158,6 +159,7 @@ class Server:
 
     async def snapshot(self, version: int, part: Range) -> Generation:
         """A copy of these coordinates of the shard at a version."""
+        failpoints.reach("server.snapshot", version)
         with self.lock:
             found: Generation = self.shard.snapshot(version, part)
         return found

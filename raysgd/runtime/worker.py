@@ -244,6 +244,7 @@ class Worker:
     def score(self, version: int, shards: Sequence[int]) -> tuple[list[BlockScore], int]:
         """Scores of validation shards at the version where the last ``run`` ended, and how many categories were
         unseen."""
+        failpoints.reach("worker.score", version)
         assert self.task is not None
         assert self.task.validation is not None
         task, validation, learner = self.task, self.task.validation, self.task.learner

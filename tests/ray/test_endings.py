@@ -134,6 +134,25 @@ def test_killed_driver(disturbed: Any, undisturbed: Path, place: Path) -> None:
     assert curve(run.run) == curve(undisturbed)
 
 
+def test_killed_while_it_writes_a_checkpoint(disturbed: Any, undisturbed: Path) -> None:
+    """The second one is written and does not count yet, while workers train on."""
+    run = disturbed(pace=f"{SLOW},checkpoint.rename@2:kill")
+    assert run.process.wait() == -signal.SIGKILL, run.process.text
+    assert run.ended("running", None)["step"] == 300
+    run.continues(undisturbed)
+
+
+def test_killed_for_memory(disturbed: Any) -> None:
+    """Ray finds the memory too full for any actor: they are tried again, and the error says what is wrong."""
+    run = disturbed("run.failure_config.max_failures=1", environment={"RAY_memory_usage_threshold": "0.000001"})
+    assert run.process.wait() == 1, run.process.text
+    run.process.gone()
+    status = status_of(run.run)
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "its node ran out of memory" in status["message"], status
+    assert "losses without progress: 2, 1 are borne" in status["message"]
+
+
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "alone"])
 def test_interrupted(
     disturbed: Any, undisturbed: Path, place: Path, capsys: pytest.CaptureFixture[str], whole_group: bool

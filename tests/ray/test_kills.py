@@ -128,6 +128,8 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
         "worker.compute@700:kill",
         "worker.computed@700:kill",
         "worker.pushed@700:kill",
+        "worker.score@5000:kill",
+        "server.snapshot@7000:kill",
         "server.applied@5000:kill",
         "server.published@5000:kill",
     ],
@@ -135,7 +137,7 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
 def test_a_kill_at_every_point_of_a_step(
     place: Path, truth: str, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    """One worker or server, wherever in a step it dies: nothing is lost, nothing counts twice."""
+    """One worker or server, wherever in a step, a validation, a checkpoint: nothing is lost, nothing counts twice."""
     kind, options, asked = order.partition(".")[0], Gang._options, []
 
     def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
@@ -350,6 +352,36 @@ def test_an_interrupt_is_heard_while_a_server_is_dead(place: Path, monkeypatch: 
         with pytest.raises(Interrupted, match="the same command continues from the checkpoint of step 3,500"):
             fit(place, "heard", 2, 2)
     assert status_of(place / "runs" / "heard")["state"] == "interrupted"
+
+
+def test_sigterm_while_all_go_back(
+    place: Path, undisturbed: Any, truth: str, disturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's state is lost; while others are placed for the return the run is told to end, and is continued."""
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 1e9)
+
+    def what(until: Callable[[int], None]) -> None:
+        until(5000)
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    place_actors, placed = Gang.place, []
+
+    def told(self: Gang) -> None:
+        placed.append(self)
+        if len(placed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        place_actors(self)
+
+    disturb("told", what)
+    with monkeypatch.context() as patched:
+        patched.setattr(Gang, "place", told)
+        with pytest.raises(Interrupted, match="the same command continues from the checkpoint of step 3,500") as ended:
+            fit(place, "told", 2, 2)
+    assert ended.value.exit_code == 143
+    assert status_of(place / "runs" / "told")["state"] == "interrupted"
+    result, _ = fit(place, "told", 2, 2)
+    assert (result.step, result.digest) == (END, truth)
+    assert curve(place / "runs" / "told") == undisturbed
 
 
 def test_a_worker_that_hangs_in_the_statistics_pass_is_noticed(
