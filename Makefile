@@ -1,5 +1,6 @@
 # make train   installs into .venv, prepares the flights data, trains on local Ray, draws the loss curve
 # make test    every check that needs no root: ruff, mypy, pytest
+# make test-cluster   ray up, ray submit, lost machines: in namespaces of its own, which takes root, sshd and rsync
 # make lint    the static ones of them
 # make soak    100,000 hostile schedules of the protocol over all cores: `make soak SOAK_ARGS='--count 5000 --first 7'`
 # make bench   measures against peers, in about a quarter of an hour: `make bench BENCH_ARGS='step --rounds 5'`
@@ -12,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 RUN := runs/flights
 
 .DELETE_ON_ERROR:
-.PHONY: train test lint soak bench clean
+.PHONY: train test test-cluster lint soak bench clean
 
 train: $(VENV)/.train-installed
 	$(BIN)/python jobs/flights.py
@@ -23,7 +24,11 @@ train: $(VENV)/.train-installed
 	@echo "next:    $(BIN)/raysgd inspect $(RUN)"
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/cluster $(PYTEST_ARGS)
+
+# Where there is no root, no sshd or no namespaces, its tests are skipped and say so.
+test-cluster: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
