@@ -57,7 +57,8 @@ class Growth:
         if not kinds or self.more <= 0:
             return "the autoscaler can add no more nodes"
         nodes = "1 node" if self.more == 1 else f"{self.more} nodes"
-        return f"an autoscaler can add {nodes}: {', '.join(f'{t.name} ({told(t.resources)})' for t in kinds)}"
+        shown = (f"{t.name} ({told(t.resources)})" if t.resources else t.name for t in kinds)
+        return f"an autoscaler can add {nodes}: {', '.join(shown)}"
 
 
 def told(resources: Resources) -> str:

@@ -103,7 +103,8 @@ def _when_grown(scaling: ScalingConfig, timeout_s: float, deadline: float, say: 
             raise InputError(_refusal(scaling, why, growth, None))
         if growth is not None:
             say(f"the cluster is too small yet: the run asks for {_counted(scaling)}; {growth.describe()}: waiting")
-            deadline, timeout_s = time.monotonic() + GROW_S, GROW_S
+            if not growth.unknown:  # a list of machines is there, or is not: a cloud needs time
+                deadline, timeout_s = time.monotonic() + GROW_S, GROW_S
         while not all(group.wait(WATCH_S) for group in groups):
             if time.monotonic() >= deadline:
                 why = never(asks, autoscaler.nodes(), None) or ["no node came that has room for what is asked for"]

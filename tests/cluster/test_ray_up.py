@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,10 @@ needs_machines()
 
 EPOCHS = 40
 END = 20 * EPOCHS
+
+#: ``ray up`` returns when the head is there: the run waits for the others. The server stays on the head.
+SETS = f"--set train.epochs={EPOCHS} --set scaling.placement_timeout_s=120 "
+SETS += "--set scaling.server_resources={raysgd_stays=0.001}"
 
 #: every step takes a hundredth of a second: there is time to lose a machine
 PACE = "worker.compute:sleep=0.01"
@@ -42,12 +45,6 @@ class Cluster:
     def begin(self, command: str) -> subprocess.Popen[str]:
         """Begin ``command`` at the user's seat."""
         return self.site.begin(f"cd {ROOT}; {command}")
-
-    def nodes(self) -> int:
-        """How many nodes Ray knows and believes alive."""
-        code = "import ray; ray.init('auto', log_to_driver=False); print('alive', sum(n['Alive'] for n in ray.nodes()))"
-        said = self.head.run(f'~/raysgd-env/bin/python -c "{code}"').stdout
-        return int(said.partition("alive ")[2][:2] or 0)
 
 
 def cluster_file(site: Site, shared: Path) -> dict[str, Any]:
@@ -82,13 +79,10 @@ def cluster(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     site.must("ray get-auth-token --generate && chmod 600 ~/.ray/auth_token")
     made = Cluster(site, shared / "cluster.yaml", shared)
     site.must(f"cd {ROOT} && ray up -y {made.file}", timeout=180)
-    wait_for("three nodes", lambda: made.nodes() == 3, timeout=120)
     yield made
     site.must(f"cd {ROOT} && ray down -y {made.file}", timeout=120)
-    # The head's processes are gone at once; those of the others end themselves when they miss it for a minute.
-    for machine in site.machines.values():
-        if machine.process.poll() is None:
-            wait_for(f"the end of Ray on {machine.name}", partial(is_idle, machine), timeout=100)
+    # Those of other machines end themselves, when they have missed the head for a minute or two.
+    wait_for("the end of Ray on the head", lambda: is_idle(made.head), timeout=30)
 
 
 def is_idle(machine: Machine) -> bool:
@@ -100,9 +94,18 @@ def truth(cluster: Cluster) -> str:
     return one_process_digests(spec_of(cluster.shared, train__epochs=EPOCHS), [END])[END]
 
 
+def test_ray_exec_checks_the_cluster(cluster: Cluster) -> None:
+    """As the file says to check it; the other machines may still be on their way."""
+    check = f"raysgd up-check --address auto --storage-path {cluster.shared}/runs"
+    said = cluster.site.must(f"cd {ROOT} && ray exec {cluster.file} '{check}'")
+    assert "ok      authentication: by token" in said
+    assert f"{cluster.head.address} (head)" in said
+    assert "error" not in said
+
+
 def test_ray_submit_while_a_machine_is_lost(cluster: Cluster, truth: str) -> None:
     """One file goes to the head; the package is what ``setup_commands`` installed there."""
-    arguments = f"{cluster.shared}/run.toml --address auto --num-workers 3 --set train.epochs={EPOCHS}"
+    arguments = f"{cluster.shared}/run.toml --address auto --num-workers 3 {SETS}"
     running = cluster.begin(f"ray submit {cluster.file} jobs/train.py -- {arguments} --name submitted")
     lose(cluster, "two", "submitted", running)
     judge(cluster, "submitted", running, truth)
@@ -113,7 +116,7 @@ def test_ray_job_submit_while_a_machine_is_lost(cluster: Cluster, truth: str) ->
     cluster.begin(f"ray dashboard {cluster.file}")
     wait_for("the tunnel", lambda: cluster.site.run("curl -so /dev/null http://127.0.0.1:8265").returncode == 0)
     client = "RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265 ray job submit --working-dir ."
-    arguments = f"{cluster.shared}/run.toml --num-workers 2 --set train.epochs={EPOCHS}"
+    arguments = f"{cluster.shared}/run.toml --num-workers 2 {SETS}"
     running = cluster.begin(f"{client} -- python jobs/train.py {arguments} --name job")
     lose(cluster, "one", "job", running)
     judge(cluster, "job", running, truth)
