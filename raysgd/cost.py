@@ -55,7 +55,7 @@ class Machine:
     cold_s: float = 68e-6
     batch_s: float = 11e-6
     row_s: float = 30e-9
-    code_s: float = 15e-9
+    code_s: float = 3e-9
     flops: float = 150e9
     read_s: float = 0.06e-9
     update_s: float = 0.47e-9

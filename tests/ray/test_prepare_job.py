@@ -184,9 +184,9 @@ def test_a_job_that_is_asked_to_end_says_so_and_leaves_nothing(table: Path, tmp_
     command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), *words]
     job = Marked(command, tmp_path, {"RAYSGD_FAILPOINTS": "prepare.gather:sleep=60"})
     try:
-        wait_for("the pieces", lambda: list(tmp_path.glob(".out.preparing/pieces/*.arrow")))
+        wait_for("the pieces", lambda: list(tmp_path.glob(".out.preparing/pieces/*.arrow")), timeout=150)
         job.process.send_signal(signal.SIGTERM)
-        assert job.wait() == 143
+        assert job.wait(150) == 143
         job.gone()
     finally:
         job.end()
@@ -195,7 +195,7 @@ def test_a_job_that_is_asked_to_end_says_so_and_leaves_nothing(table: Path, tmp_
     assert not out.exists()
     again = Marked(command, tmp_path)
     try:
-        assert again.wait() == 0, again.text
+        assert again.wait(150) == 0, again.text
         again.gone()
     finally:
         again.end()
