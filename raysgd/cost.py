@@ -44,7 +44,7 @@ class Machine:
     add_s:      adding one more pushed sum to it
     cache:      bytes beyond which memory limits the update: it is ``spilled`` times slower, and servers that share the
                 memory gain nothing from being several
-    call_s:     an actor call between nodes, there and back, without data
+    call_s:     a call through the relays between nodes, there and back, without data
     client_s:   one more such call at its sender;  server_s: at its receiver, one after the other
     store_s:    a byte that goes through Ray's object stores, from one node's into another's
     """
@@ -62,10 +62,10 @@ class Machine:
     add_s: float = 0.12e-9
     cache: float = 8e6
     spilled: float = 1.5
-    call_s: float = 0.53e-3
+    call_s: float = 1.3e-3
     client_s: float = 0.03e-3
     server_s: float = 0.24e-3
-    store_s: float = 1.0e-9
+    store_s: float = 2.4e-9
 
 
 @dataclass(frozen=True)
