@@ -188,7 +188,7 @@ class ServerShard(Gate[TreeSum]):
         if step == self.version:
             finite = self._write(step, commit.rate, [sealed.gradient], (), factor=sealed.factor)
             assert finite, "the primary sealed it"
-            self._seal(commit)
+            self._seal(step, commit)
             if sealed.square_sums is not None:
                 self._last_norms = step, sealed.square_sums
             if len(self.commits) > 2 * KEPT_COMMITS:
@@ -269,16 +269,16 @@ class ServerShard(Gate[TreeSum]):
             return
         told = tuple((n, self._pending_incarnations[n], p.rows) for n, p in zip(nodes, parts, strict=True))
         commit = Commit(step, loss, sum(p.rows for p in parts), rate, told)
-        self._seal(commit)
+        self._seal(step, commit)
         if self.copied is not None:
             square_sums = None if self._last_norms is None else self._last_norms[1]
             self.copied.say(Sealed(self.index, gradients[0], commit, factor, square_sums))
         self._pending.parts = {}
         self._pending_incarnations = {}
 
-    def _seal(self, commit: Commit) -> None:
-        """What was written is the next version."""
-        self._newest.step = commit.step + 1
+    def _seal(self, step: int, commit: Commit) -> None:
+        """What was written is version ``step`` + 1."""
+        self._newest.step = step + 1
         self.clocks.advance(self._pending.root)
         self.commits.append(commit)
 

@@ -43,6 +43,14 @@ SETTINGS: dict[str, Any] = {
 #: for the workers, see `paced`
 PACE = "worker.compute:sleep=0.0001"
 
+#: the actors of the run at hand
+gangs: list[Gang] = []
+
+
+def spare() -> int | None:
+    """The pid of the server that holds the memory of the others, once it does."""
+    return next((member.process.pid for gang in gangs for member in list(gang.spares.values())), None)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,6 +64,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slow(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
         made = options(self, cpus, bundle)
+        gangs[:] = [self]
         if cpus == self.scaling.worker_cpus:
             made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": PACE}
         return made
@@ -164,8 +173,7 @@ def test_a_killed_server_is_succeeded_by_its_spare(place: Path, undisturbed: Any
     def what(until: Callable[[int], None]) -> None:
         for step in (1000, 4000, 7500):
             until(step)
-            wait_for("the spare", lambda: len(actors("Server")) == 3)
-            time.sleep(0.3)  # until it holds the memory of the others
+            wait_for("the spare", spare)
             os.kill(random.Random(step).choice(actors("Server")), signal.SIGKILL)
 
     disturb("killed-server", what)
@@ -207,8 +215,7 @@ def test_a_hung_process_is_noticed_and_replaced(
         until(1200)
         assert victim in actors(kind)
         if kind == "Server":
-            wait_for("the spare", lambda: len(actors("Server")) == 3)
-            time.sleep(0.3)
+            wait_for("the spare", spare)
         stopped.append(actors(kind)[0])
         os.kill(stopped[0], signal.SIGSTOP)
         wait_for("its end", lambda: stopped[0] not in actors(kind), 6.0)
@@ -308,8 +315,7 @@ def test_many_at_once_are_one_loss(place: Path, undisturbed: Any, truth: str, di
 
     def what(until: Callable[[int], None]) -> None:
         until(4000)
-        wait_for("the spare", lambda: len(actors("Server")) == 3)
-        time.sleep(0.3)
+        wait_for("the spare", spare)
         for pid in (actors("Server")[0], *actors("Worker")):
             os.kill(pid, signal.SIGKILL)
 
@@ -323,11 +329,9 @@ def test_many_at_once_are_one_loss(place: Path, undisturbed: Any, truth: str, di
 def test_a_spare_that_dies_is_replaced(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
     def what(until: Callable[[int], None]) -> None:
         until(1000)
-        wait_for("the spare", lambda: len(actors("Server")) == 3)
-        spare = actors("Server")[-1]
-        os.kill(spare, signal.SIGKILL)
-        wait_for("another spare", lambda: len(actors("Server")) == 3 and spare not in actors("Server"))
-        time.sleep(0.3)
+        first = wait_for("the spare", spare)
+        os.kill(first, signal.SIGKILL)
+        wait_for("another spare", lambda: spare() not in (None, first))
         os.kill(actors("Server")[0], signal.SIGKILL)
 
     disturb("spare", what)
