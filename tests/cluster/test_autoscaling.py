@@ -23,7 +23,7 @@ from test_job_submit import RAY, free_ports
 from raysgd.audit import audit
 from raysgd.storage import Storage
 
-EPOCHS = 100
+EPOCHS = 60
 END = 20 * EPOCHS
 
 #: a step takes 20 ms with one worker: there is time for nodes to come and to be lost
