@@ -20,7 +20,7 @@ from bench.processes import ENVIRONMENT
 #: what runs unless parts are named
 PARTS = ("step", "logistic", "mlp", "hashed", "hashed_step", "start", "scale", "memory", "safety", "staleness")
 #: what runs only when it is named
-LONG = ("soak", "recovery", "elastic", "cost", "cost_scale")
+LONG = ("soak", "recovery", "elastic", "cost", "cost_scale", "network")
 
 
 def part(name: str) -> Callable[[Asked], str]:

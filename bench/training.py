@@ -32,6 +32,7 @@ class Job:
     learning_rate: float = 0.01
     cache_bytes: int = 2**30
     adagrad: bool = False
+    local_steps: int = 1
 
     def fit(self, directory: str) -> list[dict[str, Any]]:
         """Train; returns the lines of metrics.jsonl, one an epoch."""
@@ -50,6 +51,7 @@ class Job:
                 batch_size=self.batch_size,
                 virtual_workers=self.virtual_workers,
                 epochs=epochs,
+                local_steps=self.local_steps,
                 scaling_config=raysgd.ScalingConfig(
                     num_workers=self.num_workers, num_servers=self.num_servers, cache_bytes=self.cache_bytes
                 ),
