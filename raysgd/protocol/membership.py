@@ -292,6 +292,8 @@ class Membership:
             return []  # of others than those who carry now
         seems = self.pace.seems(event)
         then = {worker: len(run) for worker, run in self._runs(seems)}
+        if not then:  # all are being killed: those who come next are dealt to
+            return []
         return self._deal(why=self.pace.describe(then)) if self.pace.moves(event, seems, now, then) else []
 
     def _committed(self, step: int) -> list[Decision]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysgd.protocol import shares
-from raysgd.protocol.membership import Assign, Draining, Event, Joined, Left, Membership
+from raysgd.protocol.membership import Assign, Draining, Event, Joined, Left, Membership, Silent
 from raysgd.protocol.shares import LONGEST_REST_S, QUIET_S, REST_S, Measured, runs_of, shared
 
 V = 8
@@ -192,3 +192,12 @@ def _done(split: Sequence[int], costs: Sequence[float]) -> float:
 
 def test_the_thresholds_leave_room_for_noise() -> None:
     assert shares.RECOVERED < 2.0 < shares.SLOW
+
+
+def test_nothing_moves_to_nobody() -> None:
+    """All are being killed when what they did before is measured: whoever comes next is dealt to."""
+    membership = crew(2)
+    told = measured(membership, 100.0, {0: 10.0})
+    for worker in (0, 1):
+        membership.handle(Silent(worker, 3, 5.0))
+    assert [membership.handle(event) for event in (told, told)] == [[], []]

@@ -118,7 +118,7 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
         until(300)
         os.kill(actors("Worker")[0], signal.SIGKILL)
         until(600)
-        wait_for("a replacement", lambda: len(actors("Worker")) == 3)
+        wait_for("a replacement that has joined", lambda: len(gangs[0].workers) == 3)
         until(900)
         for pid in actors("Worker"):
             os.kill(pid, signal.SIGKILL)
