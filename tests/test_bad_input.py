@@ -73,8 +73,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:  # noqa: ARG001 - it runs there
+def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:  # noqa: ARG001
     """Runs ``raysgd train run.toml``; returns the sentences after it was refused and nothing was touched."""
+
+    # The cluster of other tests is around this process: as if there were none.
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
     def run(*arguments: str) -> list[str]:
         before = contents()

@@ -134,7 +134,9 @@ def specs(draw: st.DrawFn) -> RunSpec:
             parts,
             on_divergence=draw(st.sampled_from(["stop", "lower_learning_rate"])),
         ),
-        scaling=ScalingConfig(draw(workers(parts)), draw(st.integers(1, 3)), draw(cpus), draw(cpus)),
+        scaling=ScalingConfig(
+            draw(workers(parts)), draw(st.integers(1, 3)), draw(st.integers(0, 1)), draw(cpus), draw(cpus)
+        ),
         run=RunConfig(
             name=draw(st.none() | st.sampled_from(["flights", "täglich", "a b"])),
             storage_path=draw(st.sampled_from(["/runs", "gs://bucket/runs"])),

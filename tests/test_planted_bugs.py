@@ -418,12 +418,6 @@ def never_said_again_to_a_replica(patch: Patch) -> None:
     patch.setattr(Copied, "say_again", lambda _self: None)
 
 
-@bug("copied", node_loss=0.2)
-def a_copy_without_the_version_before(patch: Patch) -> None:
-    copy = ServerShard.copy
-    patch.setattr(ServerShard, "copy", lambda self: replace(copy(self), previous=None))
-
-
 @bug("copied")
 def a_copy_without_what_the_driver_was_not_told(patch: Patch) -> None:
     copy = ServerShard.copy

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from raysgd.errors import InputError, RaysgdError, RunError
+from raysgd.runtime import autoscaler
 from raysgd.runtime.calls import first_line, result
 from raysgd.runtime.reserve import free_cpus
 from raysgd.runtime.session import SINGLE_THREADED, session
@@ -84,6 +85,13 @@ def _result(ref: Any, name: str) -> Any:
         raise RunError(f"{name}: a task was lost {RETRIES + 1} times: {first_line(error)}") from error
 
 
+def _refuse_too_small(num_workers: int) -> None:
+    growth, total = autoscaler.growth(), float(ray.cluster_resources().get("CPU", 0.0))
+    if num_workers > total and growth is None:  # an autoscaler sees the tasks that wait
+        remedy = "ask for fewer workers, or add nodes"
+        raise InputError(f"the command asks for {num_workers} CPUs and the Ray cluster has {total:g} in all: {remedy}")
+
+
 @contextmanager
 def tasks(num_workers: int, address: str | None, say: Callable[[str], None]) -> Iterator[Tasks]:
     """Tasks on the cluster at ``address``, on the one around this process, or on one of our own.
@@ -93,6 +101,7 @@ def tasks(num_workers: int, address: str | None, say: Callable[[str], None]) -> 
     with session(num_workers, address) as cluster:
         for line in cluster.notes:
             say(line)
+        _refuse_too_small(num_workers)
         began = time.monotonic()
         found = Tasks(num_workers)
         found.refuse_unplaced(START_TIMEOUT_S if cluster.started else PLACEMENT_TIMEOUT_S)

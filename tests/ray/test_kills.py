@@ -28,7 +28,7 @@ from raysgd.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-EPOCHS = 600
+EPOCHS = 400
 END = 20 * EPOCHS
 
 SETTINGS: dict[str, Any] = {
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_replaced(place: Path, undisturbed: Any, truth: str, 
         until(300)
         os.kill(actors("Worker")[0], signal.SIGKILL)
         until(600)
-        wait_for("a replacement that has joined", lambda: len(gangs[0].workers) == 3)
+        wait_for("a replacement that has joined", lambda: 3 in gangs[0].workers)  # the first were 0 to 2
         until(900)
         for pid in actors("Worker"):
             os.kill(pid, signal.SIGKILL)
