@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from bench.cost import LOGISTIC, MLP, MLP_FLOPS, MLP_PARAMS
 from bench.measure import Asked, table
 from bench.namespaces import Network as Links
 from bench.namespaces import lacking
@@ -28,10 +29,6 @@ from bench.tables import COLUMNS, write_images, write_numbers
 from bench.training import Job as Training
 from raysgd.cost import Job, Machine, Network, predict
 
-HIDDEN = 256
-MLP_PARAMS = 785 * HIDDEN + (HIDDEN + 1) * 10
-MLP_FLOPS = 6.0 * MLP_PARAMS - 2 * 784 * HIDDEN
-LOGISTIC, MLP = {"type": "logistic_regression"}, {"type": "mlp", "hidden": [HIDDEN], "loss": "cross_entropy"}
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 #: bits a second of each node's link, each way; 0: no limit
 RATES = (0, 1_000_000_000, 100_000_000)

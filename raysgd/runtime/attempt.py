@@ -344,7 +344,7 @@ class Attempt:
             steps_per_epoch=plan.steps_per_epoch,
             attempt=self.attempt,
             recent=self.curve.recent,
-            valid_loss=next((s["loss"] for _, s in sorted(self.scores.items(), reverse=True)), None),
+            valid_loss=self.scores[max(self.scores)]["loss"] if self.scores else None,
             staleness=self._staleness,
             workers=len(gang.workers),
             awaited=len(gang.asked),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from disturbing import Said
 from ray_runs import curve, one_process_digests, spec_of, status_of, write_table
 
 from raysgd import checkpoint
@@ -20,16 +21,6 @@ from raysgd.runtime.trainer import Trainer
 from raysgd.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-class Said(Silent):
-    """Keeps what people would be told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbing import Said
 from ray_runs import one_process_digests, spec_of, wait_for, write_table
 
 from raysgd.audit import audit
 from raysgd.protocol import shares
-from raysgd.report.progress import Silent
 from raysgd.runtime import rates
 from raysgd.runtime.gang import Gang
 from raysgd.runtime.trainer import Result, Trainer
@@ -25,16 +25,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 #: seconds for the rows of one virtual worker: a step of three workers takes 15 ms at least, also on a busy machine
 PACE_S = 0.005
-
-
-class Said(Silent):
-    """Keeps what people would be told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
