@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -195,3 +199,34 @@ class Marked:
 def raysgd_command(*arguments: str) -> list[str]:
     """The command line of ``raysgd`` as a process of its own."""
     return [sys.executable, "-m", "raysgd", *arguments]
+
+
+@contextmanager
+def ray_nodes(place: Path, *cpus: int, environment: dict[str, str] | None = None) -> Iterator[Marked]:
+    """Ray nodes on this machine, the head's logical CPUs first, as processes of their own that go at the end.
+
+    :func:`address_of` and :func:`raylets_of` read what they print.
+    """
+    temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
+    script = str(ROOT / "tests" / "ray" / "two_raylets.py")
+    nodes = Marked([sys.executable, script, temp_dir, *map(str, cpus)], place, environment or {})
+    try:
+        wait_for("the nodes", lambda: address_of(nodes), 120)
+        yield nodes
+        nodes.process.terminate()
+        assert nodes.wait(60) == 0, nodes.text
+        nodes.gone()
+    finally:
+        nodes.end()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def address_of(nodes: Marked) -> str:
+    """Where the cluster is joined; "" while it is not all there."""
+    found = re.search(r"^address=(\S+)$", nodes.text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def raylets_of(nodes: Marked) -> dict[str, int]:
+    """The raylet's pid of each node that was ever there, by its id, the head's first."""
+    return {node: int(pid) for node, pid in re.findall(r"^node=(\S+) raylet=(\d+)$", nodes.text, re.MULTILINE)}

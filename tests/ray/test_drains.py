@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +19,19 @@ from typing import Any
 import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from ray_runs import ROOT, Marked, curve, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import (
+    Marked,
+    address_of,
+    curve,
+    one_process_digests,
+    ray_nodes,
+    raylets_of,
+    raysgd_command,
+    spec_of,
+    status_of,
+    wait_for,
+    write_table,
+)
 
 from raysgd.audit import audit
 from raysgd.runtime.guard import descendants
@@ -88,19 +98,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(place: Path) -> Iterator[Nodes]:
-    temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
-    script = str(ROOT / "tests" / "ray" / "two_raylets.py")
-    nodes = Marked([sys.executable, script, temp_dir, "4", "2", "2", "2"], place, PACE)
-    try:
-        found = wait_for("the nodes", lambda: re.search(r"^address=(\S+)$", nodes.text, re.MULTILINE), LONG)
-        raylets = re.findall(r"^node=(\S+) raylet=(\d+)$", nodes.text, re.MULTILINE)
-        yield Nodes(found[1], {node: int(pid) for node, pid in raylets})
-        nodes.process.terminate()
-        assert nodes.wait(60) == 0, nodes.text
-        nodes.gone()
-    finally:
-        nodes.end()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+    with ray_nodes(place, 4, 2, 2, 2, environment=PACE) as nodes:
+        yield Nodes(address_of(nodes), raylets_of(nodes))
 
 
 class Run:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,18 @@ from typing import Any
 
 import pytest
 from disturbing import living, step_of
-from ray_runs import ROOT, Marked, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import (
+    Marked,
+    address_of,
+    one_process_digests,
+    ray_nodes,
+    raylets_of,
+    raysgd_command,
+    spec_of,
+    status_of,
+    wait_for,
+    write_table,
+)
 
 from raysgd.audit import audit
 from raysgd.runtime.guard import descendants
@@ -54,14 +62,12 @@ class Nodes:
     """Two nodes, of which the second comes and goes."""
 
     started: Marked
-    temp_dir: str
     #: of second nodes that were lost
     lost: list[int] = field(default_factory=list)
 
     @property
     def address(self) -> str:
-        found = re.search(r"^address=(\S+)$", self.started.text, re.MULTILINE)
-        return found[1] if found else ""
+        return address_of(self.started)
 
     def second(self) -> int:
         """The raylet of the second node; one is added where the last was lost."""
@@ -70,8 +76,7 @@ class Nodes:
         return int(wait_for("a second node", self._second, 90)[0])
 
     def _second(self) -> list[int]:
-        raylets = [int(pid) for pid in re.findall(r"^node=\S+ raylet=(\d+)$", self.started.text, re.MULTILINE)[1:]]
-        return [pid for pid in raylets if pid not in self.lost]
+        return [pid for pid in list(raylets_of(self.started).values())[1:] if pid not in self.lost]
 
     def lose(self) -> None:
         """Kill the second node's raylet."""
@@ -90,18 +95,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nodes(place: Path) -> Iterator[Nodes]:
-    temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
-    command = [sys.executable, str(ROOT / "tests" / "ray" / "two_raylets.py"), temp_dir, "5", "2"]
-    started = Nodes(Marked(command, place, {"RAYSGD_FAILPOINTS": PACE}), temp_dir)
-    try:
-        wait_for("two nodes", lambda: started.address, 120)
-        yield started
-        started.started.process.terminate()
-        started.started.wait(60)
-        started.started.gone()
-    finally:
-        started.started.end()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+    with ray_nodes(place, 5, 2, environment={"RAYSGD_FAILPOINTS": PACE}) as started:
+        yield Nodes(started)
 
 
 @dataclass

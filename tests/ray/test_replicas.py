@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import ROOT, Marked, one_process_digests, spec_of, wait_for, write_table
+from disturbing import living
+from ray_runs import (
+    ROOT,
+    Marked,
+    address_of,
+    one_process_digests,
+    ray_nodes,
+    raylets_of,
+    spec_of,
+    wait_for,
+    write_table,
+)
 
 from raysgd.audit import audit
 from raysgd.errors import InputError
 from raysgd.report.progress import Silent
-from raysgd.runtime.guard import descendants
 from raysgd.runtime.segment import site
 from raysgd.runtime.trainer import Trainer
 from raysgd.storage import Storage
@@ -48,35 +55,6 @@ SCALING: dict[str, Any] = {
 }
 
 
-class Nodes:
-    """A head of 5 logical CPUs and a node of 3, until ``end``; no step takes less than two milliseconds."""
-
-    def __init__(self, place: Path) -> None:
-        self.temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
-        script = str(ROOT / "tests" / "ray" / "two_raylets.py")
-        slow = {"RAYSGD_FAILPOINTS": "worker.compute:sleep=0.002"}
-        self.nodes = Marked([sys.executable, script, self.temp_dir, "5", "3"], place, environment=slow)
-        found = wait_for("two nodes", lambda: re.search(r"^address=(\S+)$", self.nodes.text, re.MULTILINE), 90)
-        self.address = found[1]
-
-    def servers(self) -> list[int]:
-        """The living servers, those that follow others included."""
-        return sorted(pid for pid, title in self.nodes.living().items() if title.startswith("ray::Server"))
-
-    def second_raylet(self) -> int:
-        """The raylet that has no GCS beside it: the one that was started last."""
-        below = [pid for pid in descendants(self.nodes.process.pid) if pid in self.nodes.living()]
-        return max(pid for pid in below if self.nodes.living()[pid].split(" ")[0].endswith("/raylet"))
-
-    def end(self) -> None:
-        self.nodes.process.terminate()
-        try:
-            self.nodes.wait(60)
-        finally:
-            self.nodes.end()
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("replicas") / "table")
@@ -88,20 +66,20 @@ def truth(place: Path) -> str:
 
 
 @pytest.fixture
-def cluster(place: Path) -> Iterator[Nodes]:
-    nodes = Nodes(place)
-    yield nodes
-    nodes.end()
+def cluster(place: Path) -> Iterator[Marked]:
+    """A head of 5 logical CPUs and a node of 3; no step takes less than two milliseconds."""
+    with ray_nodes(place, 5, 3, environment={"RAYSGD_FAILPOINTS": "worker.compute:sleep=0.002"}) as nodes:
+        yield nodes
 
 
 class Run:
     """A run on the two nodes, as a process of its own."""
 
-    def __init__(self, cluster: Nodes, place: Path, name: str, **settings: Any) -> None:
+    def __init__(self, cluster: Marked, place: Path, name: str, **settings: Any) -> None:
         self.place, self.name = place, name
         case = {"name": name, "settings": {**SETTINGS, **SCALING, **settings}, "spares": False}
         drive = str(ROOT / "tests" / "ray" / "drive.py")
-        self.process = Marked([sys.executable, drive, cluster.address, str(place), json.dumps([case])], place)
+        self.process = Marked([sys.executable, drive, address_of(cluster), str(place), json.dumps([case])], place)
 
     def said(self, sentence: str, times: int) -> None:
         def found() -> bool:
@@ -127,7 +105,7 @@ class Run:
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_killed_servers_are_replaced_by_what_follows_them(
-    cluster: Nodes, place: Path, truth: str, clip_norm: float | None
+    cluster: Marked, place: Path, truth: str, clip_norm: float | None
 ) -> None:
     """Four of them, primaries or replicas as chance has it, each when all shards have a replica again."""
     settings = {} if clip_norm is None else {"train__clip_norm": clip_norm}
@@ -136,17 +114,17 @@ def test_killed_servers_are_replaced_by_what_follows_them(
     run, choose = Run(cluster, place, f"killed-{clip_norm}", **settings), random.Random(3)
     for kills in range(4):
         run.said("has a replica on another node", 2 + kills)
-        os.kill(choose.choice(cluster.servers()), signal.SIGKILL)
+        os.kill(choose.choice(living("Server", cluster.process.pid)), signal.SIGKILL)
     text = run.ends(truth)
     assert text.count("its replica on another node takes its place") + text.count("; another is asked for") == 4, text
     assert "takes its place" in text
 
 
-def test_a_node_is_lost_without_a_step(cluster: Nodes, place: Path, truth: str) -> None:
+def test_a_node_is_lost_without_a_step(cluster: Marked, place: Path, truth: str) -> None:
     run = Run(cluster, place, "node")
     run.said("has a replica on another node", 2)
     wait_for("some steps", (place / "runs" / "node" / "metrics.jsonl").exists)
-    os.kill(cluster.second_raylet(), signal.SIGKILL)
+    os.kill(list(raylets_of(cluster).values())[1], signal.SIGKILL)
     text = run.ends(truth)
     assert "is lost at step" in text
 

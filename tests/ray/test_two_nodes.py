@@ -8,17 +8,26 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import ROOT, Marked, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import (
+    ROOT,
+    Marked,
+    address_of,
+    one_process_digests,
+    ray_nodes,
+    raysgd_command,
+    spec_of,
+    status_of,
+    wait_for,
+    write_table,
+)
 
 from raysgd.learn.parameters import Range
 from raysgd.protocol.tree import cover
@@ -85,17 +94,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(place: Path) -> Iterator[Nodes]:
     """Two nodes; when they are stopped nothing of them is left."""
-    temp_dir = tempfile.mkdtemp(prefix="rs", dir="/tmp")
-    nodes = Marked([sys.executable, str(ROOT / "tests" / "ray" / "two_raylets.py"), temp_dir, "5", "2"], place)
-    try:
-        found = wait_for("two nodes", lambda: re.search(r"^address=(\S+)$", nodes.text, re.MULTILINE), 90)
-        yield Nodes(found[1], nodes.process.pid)
-        nodes.process.terminate()
-        assert nodes.wait(60) == 0, nodes.text
-        nodes.gone()
-    finally:
-        nodes.end()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+    with ray_nodes(place, 5, 2) as nodes:
+        yield Nodes(address_of(nodes), nodes.process.pid)
 
 
 @pytest.fixture(scope="module")
