@@ -16,6 +16,7 @@ from typing import Any
 from raysgd import checkpoint as checkpoints
 from raysgd import config
 from raysgd.errors import CheckpointError, InputError, RaysgdError, SaveError
+from raysgd.interrupts import held_off
 from raysgd.plan import open_tables, plan_from_manifest
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.ledger import (
@@ -92,14 +93,18 @@ class Ledger:
         changed = [i for i, line in enumerate(self._lines) if self._written.get(i) is not line]
         if changed:
             text, sha = to_text([self._lines[i] for i in changed], self._count, self._sha)
-            try:
-                self._storage.append(NAME, text, sync=True)
-            except OSError as error:
-                where = f"{self._storage.uri}/{NAME}"
-                raise SaveError(f"{where} could not be written: {error.strerror or error}; make room there") from error
-            self._count, self._sha = self._count + len(changed), sha
-        self._written |= {i: self._lines[i] for i in changed}
+            with held_off():  # what is written and not known to be would be written again
+                self._append(text)
+                self._count, self._sha = self._count + len(changed), sha
+                self._written |= {i: self._lines[i] for i in changed}
         return {"lines": self._count, "sha": self._sha}
+
+    def _append(self, text: str) -> None:
+        try:
+            self._storage.append(NAME, text, sync=True)
+        except OSError as error:
+            where = f"{self._storage.uri}/{NAME}"
+            raise SaveError(f"{where} could not be written: {error.strerror or error}; make room there") from error
 
 
 def _begun(storage: Storage) -> Parsed:

@@ -6,9 +6,7 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -16,7 +14,8 @@ from typing import Any
 
 import click
 
-from raysgd.errors import InputError, Interrupted, RaysgdError
+from raysgd.errors import InputError, RaysgdError
+from raysgd.interrupts import sigterm_interrupts
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -109,7 +108,7 @@ def calls_by(num_workers: int, address: str | None, quiet: bool) -> Iterator[Any
             click.echo(line, err=True)
 
     # Ray takes SIGTERM for itself when it is connected: afterwards it is ours again.
-    with tasks(num_workers, address, said) as carried, _sigterm_interrupts():
+    with tasks(num_workers, address, said) as carried, sigterm_interrupts():
         yield carried
 
 
@@ -125,7 +124,7 @@ def standing(directory: str | None) -> Iterator[dict[str, Any]]:
 
     details: dict[str, Any] = {}
     if directory is None:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             yield details
         return
     storage = Storage.open(directory)
@@ -137,7 +136,7 @@ def standing(directory: str | None) -> Iterator[dict[str, Any]]:
         status.write(storage, replace(ended, details=finite(details)))
 
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             yield details
     except KeyboardInterrupt as error:
         end("interrupted", getattr(error, "exit_code", INTERRUPTED), "interrupted; the same command starts over")
@@ -147,24 +146,3 @@ def standing(directory: str | None) -> Iterator[dict[str, Any]]:
         end("failed", code, str(error) if isinstance(error, RaysgdError) else repr(error))
         raise
     end("succeeded", OK)
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM interrupts; Ray's core turns what a signal handler raises into a plain KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    codes = [INTERRUPTED]
-
-    def interrupt(*_: object) -> None:
-        codes.append(143)
-        raise Interrupted(143)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Interrupted(getattr(error, "exit_code", codes[-1])) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

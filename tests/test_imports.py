@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Each room of the package (a folder or a file) and the other rooms that it may import. docs/architecture.md draws it.
 ROOMS: dict[str, set[str]] = {"errors": set()}
 ROOMS["learn"] = {"errors"}
-ROOMS["upcheck"] = {"errors"}
+ROOMS["upcheck"] = ROOMS["interrupts"] = {"errors"}
 ROOMS["capacity"] = {"errors", "learn"}
 ROOMS["data"] = ROOMS["protocol"] = {"errors", "learn"}
 ROOMS["storage"] = {"errors"}
@@ -26,13 +26,13 @@ ROOMS["spec"] = ROOMS["sections"] | {"capacity", "data", "sections"}
 ROOMS["config"] = ROOMS["spec"] | {"spec"}
 ROOMS["checkpoint"] = {"errors", "learn", "data", "protocol", "storage"}
 ROOMS["fitted"] = ROOMS["checkpoint"] | {"checkpoint", "scoring", "sections", "spec", "config"}
-ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint"}
+ROOMS["report"] = ROOMS["config"] | {"config", "storage", "checkpoint", "interrupts"}
 ROOMS["prepared"] = {"errors", "learn", "data", "storage"}
 ROOMS["cost"] = {"errors", "learn", "protocol"}
 ROOMS["plan"] = ROOMS["config"] | {"config", "protocol", "checkpoint", "scoring"}
 ROOMS["footprint"] = ROOMS["plan"] | {"plan"}
 ROOMS["outlook"] = ROOMS["plan"] | {"plan", "cost"}
-ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage"}
+ROOMS["audit"] = ROOMS["plan"] | {"plan", "storage", "interrupts"}
 ROOMS["resume"] = ROOMS["plan"] | {"plan", "storage", "report", "audit"}
 # A failpoint can be anywhere.
 ROOMS = {room: allowed | ({"failpoints"} if room != "errors" else set()) for room, allowed in ROOMS.items()}
@@ -52,6 +52,7 @@ OUTSIDE = {
     "errors": set(),
     "capacity": set(),
     "upcheck": set(),
+    "interrupts": set(),
     "failpoints": set(),
     "learn": {"numpy"},
     "protocol": {"numpy"},

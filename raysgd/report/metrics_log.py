@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
+from raysgd.interrupts import held_off
 from raysgd.storage import Storage
 
 NAME = "metrics.jsonl"
@@ -106,9 +107,10 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes the lines that are not in the file yet."""
-        if self._pending:
-            self._storage.append(NAME, "".join(self._pending))
-        self._pending.clear()
+        with held_off():  # a line that is written twice is counted twice
+            if self._pending:
+                self._storage.append(NAME, "".join(self._pending))
+            self._pending.clear()
         self._flushed = self._now()
 
 

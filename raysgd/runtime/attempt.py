@@ -21,6 +21,7 @@ import numpy as np
 from raysgd import checkpoint as checkpoints
 from raysgd.audit import Ledger
 from raysgd.errors import DivergedError, RunError, SaveError
+from raysgd.interrupts import held_off
 from raysgd.learn.metrics import combine
 from raysgd.learn.parameters import Range
 from raysgd.learn.schedules import next_multiple
@@ -320,10 +321,11 @@ class Attempt:
         by_server = [self._in_steps(found) for found in self.gang.call(reading, "reading the commits")]
         first = by_server[0]
         self._staleness = max((c.staleness for c in first), default=0)
-        self.curve.extend(first[:-1] if below is None else [c for c in first if c.step < below])
-        for shard, commits in enumerate(by_server):
-            counted = [c for c in commits if c.step < self.curve.step]
-            self.ledger.take(shard, counted, self.crew.parts(), self.gang.replaced[shard])
+        with held_off():  # what is in the curve is not asked for again: it must be in the ledger, too
+            self.curve.extend(first[:-1] if below is None else [c for c in first if c.step < below])
+            for shard, commits in enumerate(by_server):
+                counted = [c for c in commits if c.step < self.curve.step]
+                self.ledger.take(shard, counted, self.crew.parts(), self.gang.replaced[shard])
         if self.curve.step > before:
             self.crew.committed(self.curve.step)
             if self.curve.recent is not None:

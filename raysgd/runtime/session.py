@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
+from raysgd.interrupts import undisturbed
 from raysgd.learn.checks import address_problems
 from raysgd.learn.threads import SINGLE_THREADED
 from raysgd.runtime.guard import descendants, guarded, take_along
@@ -100,7 +99,7 @@ def session(cpus: float, address: str | None = None, resources: Mapping[str, flo
         try:
             yield cluster
         finally:
-            with _undisturbed():
+            with undisturbed():
                 died = cluster.dead()
                 ray.shutdown()
                 if died:  # Ray's agents hang in reports to who is dead
@@ -123,20 +122,6 @@ def _own(processes: Iterable[Process]) -> dict[str, Process]:
         if (name := command[0].rpartition(b"/")[2].decode(errors="replace")) in ("raylet", "gcs_server"):
             found[name] = process
     return found
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C once more does not keep our cluster from being shut down; only the main thread can see to that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _connect(address: str) -> None:

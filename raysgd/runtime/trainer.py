@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import FrameType
 from typing import Any
 
 from raysgd import checkpoint as checkpoints
@@ -18,6 +14,7 @@ from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
+from raysgd.interrupts import sigterm_interrupts
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -214,7 +211,7 @@ class Trainer:
         try:
             scaling = self.spec.scaling
             joined = session(scaling.cpus, self.spec.run.address, scaling.resources)
-            with joined as cluster, _sigterm_interrupts():
+            with joined as cluster, sigterm_interrupts():
                 for line in cluster.notes:
                     self.report.say(line)
                 self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
@@ -396,29 +393,3 @@ class _Keeper:
     def saved(self, step: int, digest: str) -> None:
         """A checkpoint of ``step`` is published; told by the thread that wrote it."""
         self.move("running", step=step, digest=digest)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, with exit code 143; only the main thread can be told.
-
-    Ray's core turns what a signal handler raises into a plain KeyboardInterrupt, so the handler notes that it was told.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    code = 130
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal code
-        code = 143
-        raise Interrupted(code)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(code) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import step_of
-from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, step_of, wait_for, write_table
 
 from raysgd.audit import audit
 from raysgd.storage import Storage

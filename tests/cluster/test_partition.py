@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import living, step_of
+from disturbing import living
 from network import Network, needs_network
-from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, step_of, wait_for, write_table
 
 from raysgd.audit import audit
 from raysgd.storage import Storage

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from machines import Machine, Site, installation, made_site, needs_machines
-from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, wait_for, write_table
+from ray_runs import ROOT, one_process_digests, spec_of, status_of, step_of, wait_for, write_table
 
 from raysgd.audit import audit
 from raysgd.storage import Storage
@@ -127,8 +127,7 @@ def lose(cluster: Cluster, machine: str, name: str, running: subprocess.Popen[st
 
     def reached() -> bool:
         assert running.poll() is None, running.communicate()[0]
-        lines = cluster.shared / "runs" / name / "metrics.jsonl"
-        return lines.exists() and lines.stat().st_size > 0 and curve(lines.parent)[-1]["step"] > END / 10
+        return step_of(cluster.shared / "runs" / name) > END / 10
 
     wait_for("a tenth of the run", reached, timeout=120)
     cluster.site.machines[machine].lose()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_runs import curve, wait_for
+from ray_runs import step_of, wait_for
 
 from raysgd.report.progress import Silent
 from raysgd.runtime.guard import descendants
@@ -40,12 +40,6 @@ def living(kind: str, above: int) -> list[int]:
         if title.startswith(f"ray::{kind}".encode()) and state != "Z":
             found.append(pid)
     return sorted(found)
-
-
-def step_of(run: Path) -> int:
-    """Steps in the run's loss curve."""
-    lines = run / "metrics.jsonl"
-    return int(curve(run)[-1]["step"]) if lines.exists() and lines.stat().st_size else 0
 
 
 class Disturber(threading.Thread):

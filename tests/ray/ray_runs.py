@@ -105,9 +105,16 @@ def one_process_digests(spec: RunSpec, steps: Sequence[int]) -> dict[int, str]:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock tells."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl without what a clock tells; not one that is being written."""
+    text = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [{k: v for k, v in line.items() if k not in ("time", "rows_per_s")} for line in lines]
+
+
+def step_of(run: Path) -> int:
+    """Steps in the run's loss curve; 0 where there is none yet."""
+    lines = curve(run) if (run / "metrics.jsonl").exists() else []
+    return int(lines[-1]["step"]) if lines else 0
 
 
 def status_of(run: Path) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray_runs import (
     Marked,
     address_of,
-    curve,
     one_process_digests,
     ray_nodes,
     raylets_of,
     raysgd_command,
     spec_of,
     status_of,
+    step_of,
     wait_for,
     write_table,
 )
@@ -114,8 +114,7 @@ class Run:
 
     def step(self) -> int:
         assert self.process.process.poll() is None, self.process.text
-        lines = self.path / "metrics.jsonl"
-        return int(curve(self.path)[-1]["step"]) if lines.exists() and lines.stat().st_size else 0
+        return step_of(self.path)
 
     def goes_on(self, steps: int = 30) -> int:
         """Wait for more steps; how far it is then."""

@@ -14,10 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray_runs import Marked, curve, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import (
+    Marked,
+    curve,
+    one_process_digests,
+    raysgd_command,
+    spec_of,
+    status_of,
+    step_of,
+    wait_for,
+    write_table,
+)
 
 from raysgd import checkpoint, cli
+from raysgd.audit import Ledger, audit
 from raysgd.errors import DivergedError
+from raysgd.report.curve import Curve
+from raysgd.report.metrics_log import MetricsLog
 from raysgd.runtime.attempt import Attempt
 from raysgd.storage import Storage
 
@@ -76,7 +89,7 @@ class Disturbed:
         code = self.process.process.poll()
         assert code is None, f"ended with {code} before anything was done to it:\n{self.process.text}"
         saved = self.saved()
-        return bool(saved) and (self.run / "metrics.jsonl").exists() and curve(self.run)[-1]["step"] > saved[-1]
+        return bool(saved) and step_of(self.run) > saved[-1]
 
     def saved(self) -> list[int]:
         return checkpoint.steps(Storage.open(self.run))
@@ -114,6 +127,35 @@ def disturbed(place: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     yield start
     for run in started:
         run.process.end()
+
+
+@pytest.mark.parametrize(
+    ("what", "method"),
+    [(Curve, "extend"), (Curve, "_add"), (Ledger, "take"), (Ledger, "_append"), (MetricsLog, "train")],
+)
+def test_interrupted_amid_its_books(
+    what: type, method: str, place: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between two things that belong together: the curve and the ledger tell of the same steps, each once."""
+    run, whole = place / "runs" / f"books-{what.__name__}{method}", getattr(what, method)
+
+    def interrupting(self: Any, *given: Any, **named: Any) -> Any:
+        done = whole(self, *given, **named)
+        if step_of(run) >= 250:
+            monkeypatch.undo()  # once
+            signal.raise_signal(signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(what, method, interrupting)
+    assert cli.main(arguments(place, run.name)) == 130
+    stopped = status_of(run)["step"]
+    assert 250 <= stopped < END
+    assert audit(Storage.open(run)).problems == ()
+    assert cli.main(arguments(place, run.name)) == 0
+    assert status_of(run)["digest"] == status_of(undisturbed)["digest"]
+    found = audit(Storage.open(run))
+    assert (found.problems, found.steps, found.rows) == ((), END, True)
+    assert curve(run) == curve(undisturbed)
 
 
 def test_killed_driver(disturbed: Any, undisturbed: Path, place: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ray_runs import ROOT, Marked, curve, one_process_digests, spec_of, status_of, wait_for, write_table
+from ray_runs import ROOT, Marked, one_process_digests, spec_of, status_of, step_of, wait_for, write_table
 
 from raysgd import checkpoint
 from raysgd.data.source import Preparation
@@ -151,7 +151,7 @@ def test_a_job_that_is_stopped(jobs: JobServer) -> None:
     sets = ["--set", f"train.epochs={epochs}", "--set", "optimizer.learning_rate.decay_rate=0.99"]
     began = jobs.submit(*words, *sets, options=["--no-wait", "--submission-id", "stopped", "--runtime-env-json", slow])
     assert began.returncode == 0, began.stdout + began.stderr
-    wait_for("some steps", lambda: (run / "metrics.jsonl").exists() and curve(run)[-1]["step"] > 100)
+    wait_for("some steps", lambda: step_of(run) > 100)
     stopped = jobs.ray("job", "stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     wait_for("the end of the job's processes", lambda: not jobs.of_jobs(), 10)

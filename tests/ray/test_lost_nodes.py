@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import living, step_of
+from disturbing import living
 from ray_runs import (
     Marked,
     address_of,
@@ -24,6 +24,7 @@ from ray_runs import (
     raysgd_command,
     spec_of,
     status_of,
+    step_of,
     wait_for,
     write_table,
 )
