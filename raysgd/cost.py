@@ -23,6 +23,9 @@ from raysgd.protocol.tree import cover
 #: Bytes of a parameter.
 FLOAT = 4
 
+#: Bytes beyond which Ray does not send an argument or a result with the call, but through its object stores.
+INLINE = 100 * 1024
+
 #: Steps whose times differ by less than this factor are alike.
 ALIKE = 1.05
 
@@ -46,7 +49,8 @@ class Machine:
                 memory gain nothing from being several
     call_s:     a call through the relays between nodes, there and back, without data
     client_s:   one more such call at its sender;  server_s: at its receiver, one after the other
-    store_s:    a byte that goes through Ray's object stores, from one node's into another's
+    object_s:   a vector that is too large to go with its call: put into a store, asked for, fetched
+    store_s:    each byte of it, from one node's store into another's
     """
 
     cores: int = 2
@@ -65,6 +69,7 @@ class Machine:
     call_s: float = 1.3e-3
     client_s: float = 0.03e-3
     server_s: float = 0.24e-3
+    object_s: float = 7e-3
     store_s: float = 2.4e-9
 
 
@@ -187,7 +192,7 @@ def predict(job: Job, machine: Machine | None = None, network: Network | None = 
         pull    = n read_s max(1, W' / cores)
         update  = n S' / S (update_s + (k - 1) add_s) / min(S', cores),     k = W' pushed + sums from other nodes;
                   beyond the cache: times spilled, and not divided
-        calls   = call_s + 2 latency + (S - 1) client_s + (N - 1) server_s
+        calls   = call_s + 2 latency + (S - 1) client_s + (N - 1) server_s; 2 object_s more where 4 n / S > INLINE
         wire    = 2 (n / S) S' (N - 1) 4 bytes / bandwidth + 2 n 4 bytes store_s
 
     v, r: virtual workers and rows of the busiest worker; W', S': workers and servers of its node; N nodes. A relay adds
@@ -210,6 +215,7 @@ def predict(job: Job, machine: Machine | None = None, network: Network | None = 
     calls = wire = 0.0
     if far:
         calls = machine.call_s + 2 * network.latency + (job.servers - 1) * machine.client_s + far * machine.server_s
+        calls += 2 * machine.object_s if FLOAT * n / job.servers > INLINE else 0.0
         busiest = max(far * served / job.servers, 1.0)  # of the vector: at a node with servers, at one without
         wire = 2 * FLOAT * n * (busiest / network.bandwidth + machine.store_s)
     return Cost(

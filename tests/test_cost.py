@@ -63,11 +63,14 @@ def test_each_constant_counts_as_often_as_it_occurs() -> None:
         "server_s": 1.0,
         "store_s": 8_000.0,
     }
-    assert {*seconds, "cores", "flops", "cache", "spilled"} == {f.name for f in fields(Machine)}
+    assert {*seconds, "cores", "flops", "cache", "spilled", "object_s"} == {f.name for f in fields(Machine)}
     for name, expected in seconds.items():
         # A row is computed in no time but that of the constant: so that a step counts as one with work.
         found = predict(job, unit(**{"batch_s": 1e-9, name: 1.0}), FREE).step_s
         assert found == pytest.approx(expected, abs=1e-6), name
+    large = replace(job, n_params=52_000)  # a server's half of it is too large to go with a call
+    assert predict(large, unit(object_s=1.0), FREE).step_s == 2.0
+    assert predict(replace(large, servers=3), unit(object_s=1.0), FREE).step_s == 0.0
     assert predict(job, unit(flops=1.0), FREE).step_s == 20 * 7
     assert predict(job, unit(), Network(1.0, 0.0)).step_s == 8_000  # half of the vector, twice, and of the other half
     assert predict(job, unit(), Network(float("inf"), 1.0)).step_s == 2
