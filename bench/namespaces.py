@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 SUBNET = "10.78.0"
 
 #: seconds for which a limited link may send at full speed after a pause
-BURST_S = 0.002
+BURST_S = 0.0005
 
 
 def lacking() -> str | None:

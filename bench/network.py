@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +30,7 @@ from bench.training import Job as Training
 from raysgd.cost import Job, Machine, Network, predict
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PICTURES = Path(__file__).resolve().parent.parent / "docs"
 #: bits a second of each node's link, each way; 0: no limit
 RATES = (0, 1_000_000_000, 100_000_000)
 
@@ -75,17 +76,17 @@ def step_s(links: Links, address: str, job: Training) -> float:
     return median(job.batch_size / line["rows_per_s"] for line in history[job.warm_epochs :])
 
 
-def alone(job: Training) -> float:
-    """The same on one node with one worker."""
-    history = answer("bench.training", task=replace(job, num_workers=1))
+def computing_s(job: Training) -> float:
+    """What a step of both workers takes on one node where they seldom meet: they compute, side by side as over two."""
+    history = answer("bench.training", task=replace(job, local_steps=8))
     return median(job.batch_size / line["rows_per_s"] for line in history[job.warm_epochs :])
 
 
 def run(asked: Asked) -> str:
-    """A line for each model, rate and number of local steps."""
+    """A line for each model, rate and number of local steps, and a picture."""
     if reason := lacking():
         return f"skipped: {reason}"
-    found: list[list[object]] = []
+    found: list[Seen] = []
     links = Links()
     links.create()
     try:
@@ -99,7 +100,7 @@ def run(asked: Asked) -> str:
                 ("MLP", MLP, images, "digit", 512, Job(MLP_PARAMS, 512, row_flops=MLP_FLOPS)),
             ):
                 training = Training(model, str(path), label, batch, 8, 3 if asked.quick else 8, 3, 2, cache_bytes=2**29)
-                computing = alone(training)
+                computing = computing_s(training)
                 for bits in RATES:
                     if bits:
                         links.limit(1, bits)
@@ -107,23 +108,65 @@ def run(asked: Asked) -> str:
                     for local_steps in (1, 8):
                         told = replace(training, local_steps=local_steps)
                         took = step_s(links, address, told)
-                        placed = replace(job, workers=2, nodes=2, local_steps=local_steps, compute_s=computing / 2)
-                        found.append(line(name, placed, bits, took))
+                        placed = replace(job, workers=2, nodes=2, local_steps=local_steps, compute_s=computing)
+                        found.append(Seen(name, placed, bits, took))
                 for number in (1, 2):
                     links.unlimit(number)
     finally:
         links.remove()
     head = ["model", "parameters", "network", "local steps", "predicted, ms", "measured, ms", "off by"]
-    return table(head, found)
+    text = table(head, [seen.line() for seen in found])
+    return text if asked.quick else f"{text}\n\n{draw(found)}"
 
 
-def line(name: str, job: Job, bits: float, took: float) -> list[object]:
-    """Computing is measured by itself, since it is not what is limited here."""
-    network = Network.gbit(bits / 1e9, 0.05e-3) if bits else Network(float("inf"), 0.05e-3)
-    cost = predict(job, Machine(cores=1), network)
-    rate = "no limit" if not bits else f"{bits / 1e6:,.0f} Mbit/s"
-    shown = [f"{1e3 * seconds:.3g}" for seconds in (cost.step_s, took)]
-    return [name, f"{job.n_params:,}", rate, job.local_steps, *shown, f"{100 * (cost.step_s / took - 1):+.0f}%"]
+@dataclass(frozen=True)
+class Seen:
+    """A job over a link of ``bits`` a second (0: no limit), and what a step took: computing is told to the model,
+    measured by itself, since it is not what is limited here."""
+
+    name: str
+    job: Job
+    bits: int
+    took: float
+
+    @property
+    def predicted(self) -> float:
+        network = Network.gbit(self.bits / 1e9, 0.05e-3) if self.bits else Network(float("inf"), 0.05e-3)
+        return predict(self.job, Machine(cores=1), network).step_s
+
+    @property
+    def rate(self) -> str:
+        return f"{self.bits / 1e6:,.0f} Mbit/s" if self.bits else "no limit"
+
+    def line(self) -> list[object]:
+        """What the table shows."""
+        shown = [f"{1e3 * seconds:.3g}" for seconds in (self.predicted, self.took)]
+        off = f"{100 * (self.predicted / self.took - 1):+.0f}%"
+        return [self.name, f"{self.job.n_params:,}", self.rate, self.job.local_steps, *shown, off]
+
+
+def draw(found: Sequence[Seen]) -> str:
+    """Steps a second, measured and predicted with 30% each way, as a picture; where it is."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(seen.name for seen in found))
+    figure, axes = plt.subplots(1, len(names), figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        mine = [seen for seen in found if seen.name == name]
+        at, predicted = range(len(mine)), [1 / seen.predicted for seen in mine]
+        axis.bar(at, [1 / seen.took for seen in mine], color="tab:blue", label="measured")
+        off = [[0.3 * value for value in predicted]] * 2
+        axis.errorbar(at, predicted, yerr=off, fmt="o", color="black", capsize=4, label="predicted, ± 30%")
+        axis.set_xticks(at, [f"{seen.rate}\nH = {seen.job.local_steps}" for seen in mine], fontsize=7)
+        axis.set(title=f"{name}, {mine[0].job.n_params:,} parameters", ylabel="steps a second", yscale="log")
+        axis.set_ylim(top=3 * max(1.3 * value for value in predicted))
+        axis.legend(loc="upper center", ncols=2)
+    figure.savefig(PICTURES / "network.png", dpi=100)
+    plt.close(figure)
+    return "picture: docs/network.png"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Machine:
     call_s: float = 1.3e-3
     client_s: float = 0.03e-3
     server_s: float = 0.24e-3
-    object_s: float = 7e-3
+    object_s: float = 4e-3
     store_s: float = 2.4e-9
 
 
