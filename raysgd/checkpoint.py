@@ -19,8 +19,8 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -34,6 +34,7 @@ from raysgd.errors import CheckpointError, InputError, SaveError
 from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import Array, Layout
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.tally import Tally
 from raysgd.storage import DELETING, Storage
 
 FORMAT = 1
@@ -55,6 +56,8 @@ class Checkpoint:
     manifest: Mapping[str, Any]
     generation: Generation
     skipped: tuple[str, ...] = field(default=())
+    #: by server, what is in its part, where it was copied while virtual workers stood apart
+    tallies: tuple[Tally, ...] = field(default=())
 
     @property
     def step(self) -> int:
@@ -69,6 +72,21 @@ class Checkpoint:
     def state(self) -> dict[str, Float32]:
         """Each slot of the optimizer, (n_params,) float32."""
         return self.generation.state
+
+    def tallies_of(self, n_servers: int) -> tuple[Tally, ...] | None:
+        """What is in the part of each of so many servers; None where the step says it all.
+
+        Raises InputError where they were another number, and stood apart: then no part is another server's.
+        """
+        if not self.tallies or len(self.tallies) == n_servers:
+            return self.tallies or None
+        if len({tally.clocks for tally in self.tallies}) == 1:
+            return self.tallies[:1] * n_servers
+        raise InputError(
+            f"scaling.num_servers must be {len(self.tallies)}, got {n_servers}: when the checkpoint of step "
+            f"{self.step:,} was written its servers held different steps of the virtual workers. Continue with "
+            f"{len(self.tallies)} to the next validation or checkpoint; from there the number is free"
+        )
 
     def digest(self) -> str:
         """SHA-256 over the whole arrays and the step: independent of how many servers there were."""
@@ -163,7 +181,7 @@ def load(storage: Storage, which: str | int = "last") -> Checkpoint:
         except CheckpointError as error:
             skipped.append(str(error))
             continue
-        return Checkpoint(found.path, found.manifest, found.generation, tuple(skipped))
+        return replace(found, skipped=tuple(skipped))
     if isinstance(which, int):
         raise CheckpointError("; ".join(skipped))
     if not skipped:
@@ -204,6 +222,11 @@ def sealed(manifest: Mapping[str, Any]) -> bytes:
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
     body = json.dumps(facts, indent=1, allow_nan=False).encode().removesuffix(b"\n}")
     return body + f',\n "sha256": "{sha256(body).hexdigest()}"\n}}'.encode()
+
+
+def tallies_told(version: int, tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The manifest's key ``tallies``. version: as the protocol counts, in rounds"""
+    return {"version": version, "servers": [tally.since(version).as_dict() for tally in tallies]}
 
 
 def layout_of(manifest: Mapping[str, Any]) -> Layout:
@@ -292,6 +315,7 @@ def _read(storage: Storage, step: int, edition: int) -> Checkpoint:
         params = _tensors(where, PARAMS, tensors[PARAMS], {a.name: a.shape for a in layout.arrays})
         shapes = {f"{slot}/{a.name}": a.shape for slot in slots for a in layout.arrays}
         state = _tensors(where, STATE, tensors[STATE], shapes)
+        tallies = _tallies(manifest.get("tallies"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where.uri}/{MANIFEST} is not of this form: {error!r}") from error
     flat = _flat(layout, params.__getitem__)
@@ -300,7 +324,12 @@ def _read(storage: Storage, step: int, edition: int) -> Checkpoint:
         raise CheckpointError(f"{where.uri} holds NaN or infinite values")
     if (digest := generation.digest()) != manifest.get("digest"):
         raise CheckpointError(f"{where.uri}: the digest is {digest}, {MANIFEST} says {manifest.get('digest')}")
-    return Checkpoint(where.uri, manifest, generation)
+    return Checkpoint(where.uri, manifest, generation, tallies=tallies)
+
+
+def _tallies(found: Mapping[str, Any] | None) -> tuple[Tally, ...]:
+    """Raises ValueError, KeyError or TypeError where they are none."""
+    return () if found is None else tuple(Tally.from_dict(entry, int(found["version"])) for entry in found["servers"])
 
 
 def _manifest(storage: Storage, step: int, edition: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from raysgd.protocol.rounds import Rounds
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse_shard import SparseShard, make_sparse_shard
 from raysgd.protocol.stale import shard_class, succeeds
+from raysgd.protocol.tally import Tally
 from raysgd.protocol.update import PlannedRows, Rule
 from raysgd.sections import model_to_dict
 from raysgd.spec import RunSpec
@@ -153,13 +154,24 @@ class Plan:
         """How many vectors of parameters each server keeps."""
         return 1 if self.sparse else shard_class(self.consistency).BUFFERS
 
+    @property
+    def server_layout(self) -> tuple[int, tuple[str, ...], int]:
+        """How a server lays out what it keeps: buffers of parameters, slots of the optimizer's state beside them, and
+        the virtual workers that have clocks of their own."""
+        slots = () if self.sparse else tuple(self.spec.optimizer.slots)
+        return self.buffers, slots, 0 if self.consistency.exact else self.spec.train.virtual_workers
+
     def initial(self) -> Generation:
         """Version 0: small random weights from the seed, optimizer state zero."""
         params: Float32 = self.learner.initial(self.spec.train.seed)
         return Generation(0, params, {slot: np.zeros_like(params) for slot in self.spec.optimizer.slots})
 
-    def shards(self, generation: Generation | None) -> list[Callable[..., ServerShard | SparseShard]]:
+    def shards(
+        self, generation: Generation | None, tallies: Sequence[Tally] | None = None
+    ) -> list[Callable[..., ServerShard | SparseShard]]:
         """What makes the state machine of each server shard, beginning at ``generation``; pickles.
+
+        tallies: by shard, what else is in the generation, where it was copied while virtual workers stood apart
 
         The generation's steps become rounds, as the protocol counts. None: version 0, which the shards make themselves.
         """
@@ -183,12 +195,15 @@ class Plan:
             seed, slots = self.spec.train.seed, tuple(self.spec.optimizer.slots)
             return [partial(_at_version_0, make, self.learner, seed, span, slots) for make, span in makers]
         begin = replace(generation, step=self.rounds.at(generation.step))
-        return [partial(make, generation=begin.cut(span)) for make, span in makers]
+        if tallies is None:
+            return [partial(make, generation=begin.cut(span)) for make, span in makers]
+        told = zip(makers, tallies, strict=True)
+        return [partial(make, generation=begin.cut(span), tally=tally) for (make, span), tally in told]
 
     @property
     def succeeds(self) -> bool:
         """Whether a server's successor can go on from the memory that it left."""
-        return not self.sparse and succeeds(self.consistency, self.rule, len(self.spans()))
+        return not self.sparse and succeeds(self.rule, len(self.spans()))
 
     def successors(self) -> list[Callable[..., ServerShard]]:
         """What makes the state machine of each dense server shard, but for what it begins at; pickles."""

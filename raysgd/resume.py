@@ -63,6 +63,7 @@ def beginning(storage: Storage, spec: RunSpec, tables: Tables, fresh: bool) -> B
                 f"{storage.uri} holds another run: choose another --name, or --fresh to delete it and start over",
             ]
         )
+    found.tallies_of(spec.scaling.num_servers)
     notes = [f"warning: a damaged checkpoint was passed over: {sentence}" for sentence in found.skipped]
     stored = found.manifest.get("fingerprints", {}).get("validation")
     if stored != tables.fingerprints["validation"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from raysgd.protocol.membership import Share
 from raysgd.protocol.sparse import Sparse, SparsePartial
 from raysgd.protocol.sparse_client import SparseClient, SparseCompute, Touch
 from raysgd.protocol.sparse_compute import Touched, sparse_sums, touch
-from raysgd.protocol.sparse_shard import make_sparse_shard
+from raysgd.protocol.sparse_shard import Record, SparseShard, Store, make_sparse_shard
 from raysgd.simulate import Faults, Outcome, Problem, Simulation
 from raysgd.simulate.simulation import Seat
 
@@ -45,14 +44,34 @@ class SparseSimulation(Simulation):
         return self.problem.learner
 
     def succeeds(self) -> bool:
-        """A sparse shard writes in place: without its store's record, all shards return to the checkpoint."""
-        return False
+        """A sparse shard writes in place: its store's record takes the arrays to the newest version, or back."""
+        return True
 
-    def make_shard(
-        self, index: int, generation: Generation, previous: Generation | None = None, commits: Sequence[Commit] = ()
-    ) -> Any:
-        assert previous is None
-        assert not commits
+    def successor(self, index: int) -> Any:
+        """Its store is where it died, also in the middle of a write."""
+        dead = self.shards[index].store
+        arrays = {name: array.copy() for name, array in dead.arrays.items()}
+        store = Store(dead.version, arrays, dead.record)
+        store.recover()
+        return SparseShard(
+            index,
+            self.problem.rule,
+            self.spans[index],
+            store,
+            n_virtual=self.problem.n_virtual,
+            unpenalized=self.learner.layout.unpenalized(),
+            commits=self.untold(index, dead.record),
+        )
+
+    def untold(self, index: int, record: Record | None) -> list[Commit]:
+        """What a shard committed and did not tell the driver: its record's step, too, in whose write it may have
+        died."""
+        known = self.shards[index].commits
+        found = [*known, *([record.commit] if record is not None and record.commit not in known else [])]
+        return [commit for commit in found if commit.step >= self.told[index]]
+
+    def make_shard(self, index: int, generation: Generation, **more: Any) -> Any:
+        assert not any(more.values())
         problem, span = self.problem, self.spans[index]
         return make_sparse_shard(
             index,

@@ -357,11 +357,6 @@ class RunSpec:
         if self.data.label is None:
             found.append("data.label is missing: name the column to predict")
         found += self._share_problems()
-        if self.scaling.replicas == 1 and self.train.staleness != 0:
-            found.append(
-                f"scaling.replicas must be 0 where staleness is allowed (train.staleness = {self.train.staleness}): "
-                "a lost server goes back to the newest checkpoint"
-            )
         if isinstance(self.optimizer, AdaGrad) and self.train.local_steps != 1:
             found.append(
                 f"train.local_steps must be 1 with AdaGrad, got {self.train.local_steps}: between two pushes workers "

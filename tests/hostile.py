@@ -26,9 +26,9 @@ N_ROWS = 61
 BITS = 4
 
 #: versions that are trained: a round of three local steps is one
-STEPS = {"bsp": 20, "ssp": 20, "sparse": 20, "clipped": 20, "local": 12, "copied": 20}
+STEPS = {"bsp": 20, "ssp": 20, "asp": 20, "sparse": 20, "clipped": 20, "local": 12, "copied": 20}
 #: of eight schedules four are of the plain kind
-MIX = ("bsp", "bsp", "copied", "bsp", "bsp", "ssp", "sparse", "clipped or local")
+MIX = ("bsp", "bsp", "copied", "bsp", "bsp", "ssp or asp", "sparse", "clipped or local")
 
 #: every kind of fault; in a schedule of 20 steps about: 1 worker killed, 1 in 2 hung, 1 server dead, 1 in 5 rolled back
 EVERYTHING = {
@@ -42,6 +42,7 @@ EVERYTHING = {
     "slow": 0.03,
     "server_kill": 0.025,
     "node_loss": 0.005,
+    "midway": 0.02,
     "checkpoint_every": 6,
 }
 
@@ -99,6 +100,7 @@ def problem(kind: str) -> Problem:
     made = Problem(sparse if kind == "sparse" else dense, rule, batch, V, rows=rows)
     changed = {
         "ssp": replace(made, consistency=Consistency(2)),
+        "asp": replace(made, consistency=Consistency(float("inf"))),
         "clipped": replace(made, rule=replace(rule, clip_norm=0.3)),
         "local": replace(made, rule=replace(rule, rounds=Rounds(3, rows.steps_per_epoch))),
     }
@@ -137,7 +139,7 @@ def kind_of(seed: int) -> str:
 def schedule(seed: int, kind: str | None = None, **changes: float) -> Outcome:
     """One schedule. The seed decides what is trained, how many workers begin, and how many may carry at once."""
     kind = kind or kind_of(seed)
-    copied = kind == "copied" or (kind in ("clipped", "local") and seed % 4 < 2)
+    copied = kind == "copied" or (kind in ("clipped", "local", "ssp", "asp") and seed % 4 < 2)
     faults = Faults(seed, **{**EVERYTHING, **(COPIED if copied else {}), **changes})  # type: ignore[arg-type]
     most = 1 + (5 * seed + seed // V) % V
     return train(kind, n_workers=1 + seed % V, n_servers=N_SERVERS, faults=faults, most=most)
@@ -147,7 +149,7 @@ def complaints(outcome: Outcome, kind: str) -> list[str]:
     """What is wrong with how a schedule ended; nothing, in a correct protocol."""
     if outcome.violations:
         return outcome.violations
-    if kind == "ssp":
+    if kind in ("ssp", "asp"):
         apart = abs(loss(outcome.final.params) - bsp_loss())
         return [] if apart < SSP_LOSS else [f"the loss is {apart} from that of BSP"]
     digest = outcome.final.digest()

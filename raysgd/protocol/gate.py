@@ -16,6 +16,9 @@ from raysgd.protocol.messages import Halted, Norms, NotYet, Verdict
 from raysgd.protocol.replica import Copied
 from raysgd.protocol.tree import is_node
 
+#: messages that a replica may lack before its primary takes nothing more, or as many as two steps have at most
+BACKLOG = 16
+
 
 class Commit(NamedTuple):
     """The record of one sealed step. parts: (node, incarnations, rows) as they were accepted.
@@ -99,6 +102,16 @@ class Gate(Generic[S]):
         """(n_virtual,) steps committed of each virtual worker that anybody may know of."""
         steps: Int64 = self.clocks.steps.copy()
         return steps
+
+    @property
+    def held_clocks(self) -> Int64:
+        """(n_virtual,) where whoever carries virtual workers from now on is to begin."""
+        return self.told_clocks
+
+    @property
+    def backlogged(self) -> bool:
+        """Whether the replica lacks so much that nothing more should be taken for now."""
+        return self.copied is not None and len(self.copied.unconfirmed) >= max(BACKLOG, 2 * self.n_virtual)
 
     def fence(self, run: Range, incarnation: int) -> int:
         """From now on only ``incarnation`` may push for ``run``; returns the step where a successor begins."""

@@ -4,21 +4,25 @@
              t+1 told to workers and driver ◀─────────────────────── has t+1 ◀──┘
 
 A step is told when both hold it: then no worker, no other shard and no ledger knows of one that could be lost with the
-primary. So a replica that takes its place stands where the others believe it to be, or one step further.
+primary. So a replica that takes its place stands where the others believe it to be, or one step further. The same holds
+of every push where staleness is allowed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raysgd.learn.batch import Float32, Float64
+from raysgd.learn.batch import Float32, Float64, Int64
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.messages import Push
 
 if TYPE_CHECKING:
     from raysgd.protocol.gate import Commit
+    from raysgd.protocol.tally import Tally
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,13 +41,23 @@ class Sealed:
     square_sums: Float64 | None = None
 
     @property
-    def step(self) -> int:
+    def number(self) -> int:
         return self.commit.step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Applied:
+    """From a shard to its replica, where staleness is allowed: a push that it applied. number: of those since the copy
+    was made, from the replica's own count on"""
+
+    shard: int
+    number: int
+    push: Push
 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """From a replica to its primary: it holds ``version``."""
+    """From a replica to its primary: it holds all before the message of this number, ``version``."""
 
     shard: int
     version: int
@@ -51,41 +65,73 @@ class Followed:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """What a replica begins with: copies of the generations, and the records that the driver was not told of yet."""
+    """What a replica begins with: copies of the generations, and the records that the driver was not told of yet.
+
+    tally: what is in the newest, and those records, where staleness is allowed
+    """
 
     newest: Generation
     previous: Generation | None
     commits: list[Commit]
+    tally: Tally | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a shard takes that begins with it."""
+        return begin_with(self.newest, self.previous, self.commits, self.tally)
+
+
+def begin_with(
+    newest: Generation, previous: Generation | None, commits: Sequence[Commit], tally: Tally | None
+) -> dict[str, Any]:
+    """What a shard takes that begins where another was."""
+    if tally is not None:
+        return {"generation": newest, "tally": tally}
+    return {"generation": newest, "previous": previous, "commits": commits}
 
 
 class Copied:
-    """A primary's knowledge of its replica. ``version``: the newest that the replica said it holds
+    """A primary's knowledge of its replica.
 
-    At most one step is unconfirmed: the next takes pushes of workers that were told of it.
+    version: the number of the message that it awaits next; under BSP the newest version that it said it holds
+    clocks: steps of each virtual worker that it holds, where staleness is allowed
+
+    Under BSP at most one step is unconfirmed: the next takes pushes of workers that were told of it.
     """
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.unconfirmed: Sealed | None = None
+    def __init__(self, version: int, clocks: Int64 | None = None) -> None:
+        self.version, self.clocks = version, clocks
+        self.unconfirmed: dict[int, Sealed | Applied] = {}
         #: what the replica must be told; whoever carries messages takes it from here
-        self.outbox: list[Sealed] = []
+        self.outbox: list[Sealed | Applied] = []
 
-    def say(self, sealed: Sealed) -> None:
-        """A step was sealed: the replica must have it."""
-        assert self.unconfirmed is None or self.unconfirmed.step < sealed.step
-        self.unconfirmed = sealed
-        self.outbox.append(sealed)
+    @property
+    def next(self) -> int:
+        """The number of the next message."""
+        return self.version + len(self.unconfirmed)
+
+    def say(self, message: Sealed | Applied) -> None:
+        """A step was sealed, or a push applied: the replica must have it.
+
+        It can have it already from a primary that died before it was told so; under BSP a step is always the same.
+        """
+        if message.number < self.version:
+            return
+        assert message.number == self.next
+        self.unconfirmed[message.number] = message
+        self.outbox.append(message)
 
     def say_again(self) -> None:
-        """It may have been lost on its way: the replica passes over what it has."""
-        if self.unconfirmed is not None and self.unconfirmed not in self.outbox:
-            self.outbox.append(self.unconfirmed)
+        """They may have been lost on their way: the replica passes over what it has."""
+        self.outbox += [message for message in self.unconfirmed.values() if message not in self.outbox]
 
     def confirm(self, version: int) -> bool:
-        """The replica holds ``version``; whether that is news."""
+        """The replica awaits the message of this number; whether that is news."""
         if version <= self.version:
             return False
+        for number in range(self.version, version):
+            message = self.unconfirmed.pop(number, None)  # None: a primary that died had said it
+            if isinstance(message, Applied):
+                assert self.clocks is not None
+                self.clocks[message.push.node.slice] += 1
         self.version = version
-        if self.unconfirmed is not None and self.unconfirmed.step < version:
-            self.unconfirmed = None
         return True

@@ -24,7 +24,7 @@ from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.gate import Commit, Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
-from raysgd.protocol.replica import Copy, Sealed
+from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
 from raysgd.protocol.tree import Order, Partial, TreeSum, add_up, additions, is_node
 from raysgd.protocol.update import Rule, Update, clip_factor
 
@@ -179,12 +179,20 @@ class ServerShard(Gate[TreeSum]):
         previous = self._previous.copy() if self.has_previous else None
         return Copy(self._newest.copy(), previous, list(self.commits))
 
-    def follow(self, sealed: Sealed) -> int:
+    def copied_to(self, sequence: int) -> None:
+        """A replica has begun with a copy: from now on a step is told to others when that has it, too.
+
+        sequence: what the replica counts at the moment
+        """
+        self.copied = Copied(sequence)
+
+    def follow(self, sealed: Sealed | Applied) -> int:
         """As a replica, take over a step that the primary sealed; the version that is here now.
 
         A step that is here already is passed over, and so is one that comes too early: it is said again.
         """
-        step, commit = sealed.step, sealed.commit
+        assert isinstance(sealed, Sealed)
+        step, commit = sealed.number, sealed.commit
         if step == self.version:
             finite = self._write(step, commit.rate, [sealed.gradient], (), factor=sealed.factor)
             assert finite, "the primary sealed it"

@@ -102,13 +102,16 @@ class SparseShard(Gate[SparseSum]):
         n_virtual: int,
         unpenalized: tuple[Range, ...] = (),
         consistency: Consistency | None = None,
+        commits: Sequence[Commit] = (),
     ) -> None:
         """Begin at what ``store`` holds, a sealed record included.
 
         span: the shard's coordinates of the whole vector;  unpenalized: those, of the whole vector, without L2
+        commits: what one that died had committed and not told
         """
         store.recover()
         super().__init__(index, n_virtual, SparseSum(n_virtual), store.version, consistency)
+        self.commits += commits
         self.rule, self.span, self.store, self._unpenalized = rule, span, store, unpenalized
         #: bytes of pushes taken and of pulls answered since the begin: they follow the coordinates touched
         self.pushed_bytes = self.pulled_bytes = 0

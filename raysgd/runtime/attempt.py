@@ -9,7 +9,7 @@ watches: it reads the commits of server shard 0 for the loss curve. Who trains i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ import numpy as np
 
 from raysgd import checkpoint as checkpoints
 from raysgd.audit import Ledger
-from raysgd.errors import DivergedError, RunError, SaveError
+from raysgd.errors import DivergedError, InputError, RunError, SaveError
 from raysgd.interrupts import held_off
 from raysgd.learn.metrics import combine
 from raysgd.learn.parameters import Range
@@ -28,6 +28,7 @@ from raysgd.learn.schedules import next_multiple
 from raysgd.plan import Plan
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.tally import Tally
 from raysgd.report.curve import Curve
 from raysgd.report.progress import Report
 from raysgd.runtime.calls import call
@@ -70,12 +71,22 @@ class Attempt:
     _saved_step: int = 0
     #: of the commits that were read last
     _staleness: int = 0
+    #: the version that the virtual worker furthest ahead had reached when the attempt began
+    _ahead: int = 0
 
-    def begin(self, generation: Generation | None) -> None:
-        """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers."""
+    def begin(self, generation: Generation | None, tallies: Sequence[Tally] | None = None) -> None:
+        """Start the servers at ``generation`` (None: version 0) and give every worker its virtual workers.
+
+        tallies: by server, what is in the generation beyond its step. The first segment ends where all meet again.
+        Raises InputError where the run is to stop before.
+        """
         self.step = 0 if generation is None else generation.step
+        self._ahead = max((max(tally.clocks) for tally in tallies or ()), default=0)
+        if self.plan.rounds.at(self.plan.end_step) < self._ahead:
+            reached = self.plan.rounds.begin(self._ahead)
+            raise InputError(f"run.stop_after_steps must be at least {reached}, which some workers have reached before")
         assert self.ledger.end(0) == self.step
-        self.crew.begin(self.plan.shards(generation))
+        self.crew.begin(self.plan.shards(generation, tallies))
 
     @cached_property
     def crew(self) -> Crew:
@@ -133,11 +144,14 @@ class Attempt:
     def save(self, step: int) -> None:
         """Write a checkpoint of a version that every server holds."""
         version = self.plan.rounds.at(step)
-        generation = replace(self._snapshot(version), step=step)
+        whole, tallies = self.crew.surviving(partial(self._read_state, version))
+        generation = replace(whole, step=step)
         assert self.curve.step == step, (self.curve.step, step)
         facts = {**self.plan.facts(), "attempt": self.attempt, "metrics": self._metrics(step)}
         facts |= {"epoch": step / self.plan.steps_per_epoch, "curve": self.curve.open_line}
         facts["canary"] = self.crew.canary
+        if tallies is not None:
+            facts["tallies"] = checkpoints.tallies_told(version, tallies)
         self.settle()
         try:
             facts["ledger"] = self.ledger.flush()  # before the checkpoint counts: what is in it is told
@@ -176,33 +190,44 @@ class Attempt:
         checkpoints.prune(self.storage, self.plan.spec.run.checkpoint_config.num_to_keep)
         self.on_checkpoint(generation.step, saved.digest())
 
-    def _snapshot(self, version: int) -> Generation:
-        """Parameters and state of all servers at a version; in parts, so that there is one copy of them."""
-        return self.crew.surviving(partial(self._read_state, version))
+    def _read_state(self, version: int) -> tuple[Generation, list[Tally] | None]:
+        """Parameters and state of all servers at a version; where staleness is allowed as they are, with what is in
+        them unless they are all of that version."""
+        if self.plan.consistency.exact:
+            return self._read_parts(version, lambda server, part: server.snapshot.remote(version, part)), None
+        while True:
+            before = self._tallies()
+            whole = self._read_parts(version, lambda server, part: server.cut.remote(part))
+            if [n for n, _ in self._tallies()] == [n for n, _ in before]:  # else pushes came that were on their way
+                break
+        tallies = [tally for _, tally in before]
+        met = all({*tally.clocks} == {version} for tally in tallies)
+        return whole, None if met else tallies
 
-    def _read_state(self, version: int) -> Generation:
+    def _tallies(self) -> list[tuple[int, Tally]]:
+        asked = [server.tally.remote() for server in self.gang.server_actors]
+        found: list[tuple[int, Tally]] = self.gang.call(asked, "reading the clocks")
+        return found
+
+    def _read_parts(self, version: int, read: Callable[[Any, Range], Any]) -> Generation:
+        """The whole from parts of coordinates, so that there is one copy of it."""
         n_params, slots = self.plan.learner.layout.n_params, self.plan.spec.optimizer.slots
         state = {slot: np.empty(n_params, np.float32) for slot in slots}
         whole = Generation(version, np.empty(n_params, np.float32), state)
         for server, span in zip(self.gang.server_actors, self.plan.spans(), strict=True):
             for begin in range(0, len(span), PART):
                 part = Range(begin, min(begin + PART, len(span)))
-                [found] = self.gang.call([server.snapshot.remote(version, part)], "reading the servers' state")
+                [found] = self.gang.call([read(server, part)], "reading the servers' state")
                 whole.block(slice(span.begin + part.begin, span.begin + part.end)).take(found)
+        whole.step = version
         return whole
 
     def halt(self) -> None:
         """Stop where the run stands, with a checkpoint: frozen shards differ by one version at most, and the
-        smaller one is sealed by all.
-
-        Not where staleness is allowed: there a shard holds parts of many steps, and only at the end of a segment, when
-        all workers have met, is it a version. Such a run goes back to its last checkpoint.
+        smaller one is sealed by all. Where staleness is allowed the smallest clock is, and what is beyond it is told.
         """
         frozen = min(call([s.freeze.remote() for s in self.gang.server_actors], "freezing the servers", timeout=5.0))
         committed = self.plan.rounds.begin(frozen)
-        if not self.plan.consistency.exact and committed != self.step:
-            self.report.say(f"staleness is allowed: the run continues from its last checkpoint, not from {committed:,}")
-            committed = self.step
         self._read_commits(below=committed)
         self.settle()
         if committed > 0 and committed not in checkpoints.steps(self.storage):
@@ -223,8 +248,13 @@ class Attempt:
         return {f"valid_{name}": value if isfinite(value) else None for name, value in scores}
 
     def _boundary(self, *names: str) -> int:
-        """The next step at which something is due: where a round ends."""
-        return min(self.plan.end_step, *(self.plan.rounds.after(self._next(name, self.step)) for name in names))
+        """The next step at which something is due and nobody is beyond it: where a round ends."""
+        until = self.step
+        while until < self.plan.end_step:
+            until = min(self.plan.end_step, *(self.plan.rounds.after(self._next(name, until)) for name in names))
+            if self.plan.rounds.at(until) >= self._ahead:
+                break
+        return until
 
     def _due(self, name: str) -> bool:
         """Whether it has become due since the round before."""
@@ -266,7 +296,7 @@ class Attempt:
             seconds = min(HURRY_S, seconds or HURRY_S)
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
         new = self.crew.running and self.curve.step > self._saved_step
-        if due and new and self.plan.consistency.exact and self._saving_is_over():
+        if due and new and self._saving_is_over():
             raise _CheckpointDueError
         if self.crew.running and self.crew.notices.leaving:
             raise _CheckpointDueError
@@ -310,19 +340,19 @@ class Attempt:
         return DivergedError(self.plan.rounds.begin(version), f"{said}; {kept}. {remedy}")
 
     def _read_commits(self, below: int | None = None) -> None:
-        """Take the new commits of steps below ``below`` into the ledger, those of shard 0 into the curve.
-
-        Unless the caller knows better, the newest is left out: shard 0 alone has it for certain, while the pushes that
-        completed it prove that all shards sealed the step before.
-        """
+        """Take the new commits of steps below ``below`` into the ledger, those of shard 0 into the curve; default: of the
+        steps that all servers tell of."""
         before, rounds, servers = self.curve.step, self.plan.rounds, self.gang.server_actors
         since = [before, *(self.ledger.end(i) for i in range(1, len(servers)))]
         reading = [s.commits.remote(rounds.at(step)) for s, step in zip(servers, since, strict=True)]
         by_server = [self._in_steps(found) for found in self.gang.call(reading, "reading the commits")]
         first = by_server[0]
+        if below is None:
+            ends = [c[-1].step + c[-1].steps if c else begin for c, begin in zip(by_server, since, strict=True)]
+            below = min(ends)
         self._staleness = max((c.staleness for c in first), default=0)
         with held_off():  # what is in the curve is not asked for again: it must be in the ledger, too
-            self.curve.extend(first[:-1] if below is None else [c for c in first if c.step < below])
+            self.curve.extend([c for c in first if c.step < below])
             for shard, commits in enumerate(by_server):
                 counted = [c for c in commits if c.step < self.curve.step]
                 self.ledger.take(shard, counted, self.crew.parts(), self.gang.replaced[shard])

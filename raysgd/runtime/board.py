@@ -3,6 +3,7 @@
     newest | sequence | writing | frozen | diverged        words; newest last
     commits: step, loss, rows, rate, staleness             a ring, for the loss curve
     params of sequence s at s % buffers; each slot of the optimizer's state, the same
+    what is in each buffer                                 where staleness is allowed, see pushes.py
 
 A buffer is announced in ``writing`` before it is written to. So whoever finds the memory after the server's death knows
 which generations are whole, and a reader that copies knows whether it was overtaken.
@@ -11,13 +12,18 @@ which generations are whole, and a reader that copies knows whether it was overt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from raysgd.errors import RunError
 from raysgd.learn.batch import Float32
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.replica import begin_with
+from raysgd.protocol.tally import Tally
+from raysgd.runtime.pushes import Pushes
 from raysgd.runtime.segment import ASLEEP, Address, Segment
 
 #: words of a board, behind the one that says whether the server sleeps
@@ -37,6 +43,7 @@ class BoardAddress:
     """What a worker needs to follow one server shard, and a successor to take over from it.
 
     slots: names of the arrays of the optimizer's state that lie there, too
+    n_virtual: virtual workers whose clocks are told of each buffer; 0: a version tells them
     """
 
     segment: Address
@@ -44,16 +51,20 @@ class BoardAddress:
     size: int
     buffers: int = 2
     slots: tuple[str, ...] = ()
+    n_virtual: int = 0
 
 
 class Board:
     """A server shard's generations where its node can see them; what of it outlives the server's process.
 
     params: one (size,) float32 a buffer;  state: each slot, the same
+    pushes: what is in each buffer, where a version does not tell
     """
 
-    def __init__(self, segment: Segment, size: int, buffers: int, slots: tuple[str, ...] = ()) -> None:
-        self.segment, self.slots = segment, slots
+    def __init__(
+        self, segment: Segment, size: int, buffers: int, slots: tuple[str, ...] = (), n_virtual: int = 0
+    ) -> None:
+        self.segment, self.slots, self.n_virtual = segment, slots, n_virtual
         self.words = segment.words
         self.records = segment.doubles(RECORDS * RECORD)
         first, stride = self._records_bytes(), aligned(size)
@@ -62,23 +73,34 @@ class Board:
         self.state = tuple(
             {slot: arrays[(1 + k) * buffers + i] for k, slot in enumerate(slots)} for i in range(buffers)
         )
+        self.pushes: Pushes | None = None
+        if n_virtual:
+            memory = segment.floats(first + len(arrays) * stride, 2 * Pushes.size(buffers, n_virtual))
+            self.pushes = Pushes(memory.view(np.int64), buffers, n_virtual)
 
     @staticmethod
     def _records_bytes() -> int:
         return aligned(2 * RECORDS * RECORD)
 
     @classmethod
-    def create(cls, size: int, buffers: int = 2, slots: tuple[str, ...] = ()) -> Board:
+    def create(cls, size: int, buffers: int = 2, slots: tuple[str, ...] = (), n_virtual: int = 0) -> Board:
         arrays = buffers * (1 + len(slots)) * aligned(size)
-        return cls(Segment.create(cls._records_bytes() + arrays), size, buffers, slots)
+        pushes = aligned(2 * Pushes.size(buffers, n_virtual)) if n_virtual else 0
+        board = cls(Segment.create(cls._records_bytes() + arrays + pushes), size, buffers, slots, n_virtual)
+        if board.pushes is not None:
+            board.pushes.clear()
+        return board
 
     @classmethod
     def attach(cls, address: BoardAddress) -> Board:
-        return cls(Segment.attach(address.segment), address.size, address.buffers, address.slots)
+        segment = Segment.attach(address.segment)
+        return cls(segment, address.size, address.buffers, address.slots, address.n_virtual)
 
     def announce(self, sequence: int) -> None:
         """The buffer of ``sequence`` is about to be written to."""
         self.words[WRITING] = sequence
+        if self.pushes is not None:
+            self.pushes.announce(sequence)
 
     def at(self, sequence: int) -> Float32:
         """The buffer of ``sequence``, in place."""
@@ -109,8 +131,15 @@ class Board:
             self.records[at] = commit.step
         return commits[-1].step + 1 if commits else since
 
-    def survives(self) -> Remains:
-        """What a successor finds after the death of the server: call it when nobody writes any more."""
+    def survives(self, since: int) -> Remains:
+        """What a successor finds after the death of the server: call it when nobody writes any more.
+
+        Raises RunError where its records do not tell of all steps from ``since`` on.
+        """
+        if self.pushes is not None:
+            sequence, tally = self.pushes.survives(since)
+            newest = Generation(tally.version, self.at(sequence), self.state[sequence % len(self.state)])
+            return Remains(newest, tally=tally)
         words = self.words
         version, sequence = words[NEWEST], words[SEQUENCE]
         newest = Generation(version, self.at(sequence), self.state[sequence % len(self.state)])
@@ -119,11 +148,12 @@ class Board:
             before = sequence - 1
             previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
         found = []
-        for step in range(max(0, version - RECORDS), version):
+        for step in range(max(0, since), version):
             at = step % RECORDS * RECORD
-            if self.records[at] == step:
-                _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
-                found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
+            if self.records[at] != step:
+                raise RunError(f"the memory of the server that died does not tell of step {step} any more")
+            _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
+            found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
         return Remains(newest, previous, found)
 
 
@@ -131,9 +161,15 @@ class Board:
 class Remains:
     """What is left of a server in its board: views.
 
-    commits: the newest, without who took part in them
+    commits: the newest, without who took part in them;  tally: what is in the newest generation, where staleness is
+    allowed
     """
 
     newest: Generation
-    previous: Generation | None
-    commits: list[Commit]
+    previous: Generation | None = None
+    commits: list[Commit] = field(default_factory=list)
+    tally: Tally | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a shard takes that begins with it."""
+        return begin_with(self.newest, self.previous, self.commits, self.tally)

@@ -109,8 +109,7 @@ class Crew:
 
     def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
         """Start the servers and give every worker that is there its virtual workers."""
-        slots = () if self.plan.sparse else tuple(self.plan.spec.optimizer.slots)
-        self.gang.begin(shards, self.plan.spans(), self.plan.buffers, slots)
+        self.gang.begin(shards, self.plan.spans(), self.plan.server_layout)
         self.replicas.ask()
         self.replicas.come(timeout=REPLICA_S)
         members = list(self.gang.workers.items())
@@ -217,8 +216,7 @@ class Crew:
 
     def _heed(self) -> None:
         """Have workers hand over whose node is announced to go, and servers, unless replicas take their places."""
-        movable = self.plan.consistency.exact and not self.gang.scaling.replicas
-        for number in self.notices.look(self.gang, movable=movable):
+        for number in self.notices.look(self.gang, movable=not self.gang.scaling.replicas):
             self.say(f"the node of worker {number} will go: it hands over at step {self.step():,}")
             self._decide(Draining(number))
 
@@ -330,8 +328,9 @@ class Crew:
         self._charge(f"server {index} was lost: {first_line(error)}", site)
         self._stop_runs()
         self._due = True
-        if self.plan.succeeds and self.gang.succeed(index, self.plan.successors()[index], self.plan.spans()[index]):
-            self.replicas.rejoin(index)
+        make, span, since = self.plan.successors()[index], self.plan.spans()[index], self.plan.rounds.at(self.step())
+        if self.plan.succeeds and self.gang.succeed(index, make, span, since):
+            self.replicas.rejoin(index, same=self.plan.consistency.exact)
             self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
             return
         self.gang.bury(self.gang.servers[index])
@@ -425,10 +424,9 @@ class Crew:
         servers, spans = gang.server_actors, plan.spans()
         gang.call([s.regroup.remote() for s in servers], "fencing")
         gang.call([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
-        slots = tuple(plan.spec.optimizer.slots)
-        for index in self.replicas.follow(plan.successors(), spans, slots):
+        for index in self.replicas.follow(plan.successors(), spans, plan.server_layout):
             self.say(f"server {index} has a replica on another node from step {self.step():,} on")
-        clocks = gang.call([s.clocks.remote() for s in servers], "reading the clocks")
+        clocks = gang.call([s.held_clocks.remote() for s in servers], "reading the clocks")
         self.shares = {a.worker: Share.at(a, self.n_virtual, clocks) for a in assignments}
         carriers = list(self.shares)
         if plan.consistency.exact and not plan.sparse:  # relays copy whole vectors

@@ -180,12 +180,11 @@ class Gang:
     # -- the servers
 
     def begin(
-        self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], buffers: int, slots: tuple[str, ...]
+        self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: tuple[int, tuple[str, ...], int]
     ) -> None:
-        """Give each server the state machine of its shard, with ``buffers`` of parameters, and its peers."""
+        """Give each server the state machine of its shard, memory for it, and its peers."""
         begun = [
-            s.actor.begin.remote(make, span, buffers, slots)
-            for s, make, span in zip(self.servers, shards, spans, strict=True)
+            s.actor.begin.remote(make, span, *layout) for s, make, span in zip(self.servers, shards, spans, strict=True)
         ]
         self.boards = self.call(begun, "starting the servers")
         self.meet()
@@ -235,15 +234,16 @@ class Gang:
             except (ray.exceptions.RayError, RunError):  # without a spare a run goes back to its checkpoint
                 self.spares.pop(site, None)
 
-    def succeed(self, index: int, make: Callable[..., Any], span: Range) -> bool:
-        """Replace a dead server by its node's spare; False where there is none that holds its memory."""
+    def succeed(self, index: int, make: Callable[..., Any], span: Range, since: int) -> bool:
+        """Replace a dead server by its node's spare; False where there is none that holds its memory, with all of the
+        steps from ``since`` on."""
         dead, (site, address) = self.servers[index], self.boards[index]
         self.bury(dead)
         spare = self.spares.pop(site or "", None)
         if spare is None or address is None:
             return False
         try:
-            succeeded = spare.actor.succeed.remote(address, make, span)
+            succeeded = spare.actor.succeed.remote(address, make, span, since)
             self.boards[index] = call([succeeded], f"replacing server {index}", timeout=10.0)[0]
         except RunError:
             self.bury(spare)

@@ -14,7 +14,6 @@ import ray
 
 from raysgd.errors import RunError
 from raysgd.learn.parameters import Range
-from raysgd.protocol.shard import ServerShard
 from raysgd.runtime.calls import ActorLostError, call, first_line
 from raysgd.runtime.gang import Gang, Member
 
@@ -52,7 +51,9 @@ class Replicas:
             self._ready[index] = Member(asked.actor, process, site)
         return bool(self._ready)
 
-    def follow(self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], slots: tuple[str, ...]) -> list[int]:
+    def follow(
+        self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: tuple[int, tuple[str, ...], int]
+    ) -> list[int]:
         """Give those that have come a copy of their shard, while nobody trains; the shards that have a replica now.
 
         Raises ActorLostError where a primary is dead.
@@ -61,31 +62,38 @@ class Replicas:
         for index, replica in list(self._ready.items()):
             primary, what = self.gang.servers[index].actor, f"copying server {index}"
             copy = primary.copy.remote()
-            following = replica.actor.follow_from.remote(copy, makers[index], spans[index], ServerShard.BUFFERS, slots)
+            following = replica.actor.follow_from.remote(copy, makers[index], spans[index], *layout)
             try:
                 call([following], what, timeout=COPY_S)
-                [version] = call([replica.actor.follow.remote(None)], what)
+                [sequence] = call([replica.actor.follow.remote(None)], what)
             except RunError:
                 self.gang.call([primary.beat.remote()], f"server {index}")  # is it this one that is dead?
                 self.gang.bury(replica)
             else:
-                self.gang.call([primary.followed_by.remote(replica.actor, version)], f"server {index}")
+                self.gang.call([primary.followed_by.remote(replica.actor, sequence)], f"server {index}")
                 self.gang.replicas[index] = replica
                 found.append(index)
             del self._ready[index], self.gang.replicas_asked[index]
         return found
 
-    def rejoin(self, index: int) -> None:
-        """A successor has taken the primary's place on its node: the replica follows that one."""
+    def rejoin(self, index: int, *, same: bool) -> None:
+        """A successor has taken the primary's place on its node: the replica follows that one.
+
+        same: whether the successor begins where the replica stands, as it does under BSP. Elsewhere pushes can be in it
+        that only the dead could have told: another replica is asked for.
+        """
         replica = self.gang.replicas.get(index)
         if replica is None:
             return
+        if not same:
+            self.lost(index)
+            return
         try:
-            [version] = call([replica.actor.follow.remote(None)], f"the replica of server {index}", timeout=10.0)
+            [sequence] = call([replica.actor.follow.remote(None)], f"the replica of server {index}", timeout=10.0)
         except RunError:
             self.lost(index)
             return
-        self.gang.call([self.gang.servers[index].actor.followed_by.remote(replica.actor, version)], f"server {index}")
+        self.gang.call([self.gang.servers[index].actor.followed_by.remote(replica.actor, sequence)], f"server {index}")
 
     def promote(self, index: int) -> bool:
         """Put the replica in its dead primary's place; False where there is none."""

@@ -21,10 +21,11 @@ from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Norms, NotYet, Pull, Push, Reply, Request
-from raysgd.protocol.replica import Copied, Copy, Sealed
+from raysgd.protocol.replica import Applied, Copy, Sealed
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
 from raysgd.protocol.sparse_shard import SparseShard
+from raysgd.protocol.tally import Tally
 from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.calls import untold
 from raysgd.runtime.place import here
@@ -63,11 +64,17 @@ class Server:
         self.follows = False
 
     async def begin(
-        self, make: Callable[..., ServerShard | SparseShard], span: Range, buffers: int, slots: tuple[str, ...]
+        self,
+        make: Callable[..., ServerShard | SparseShard],
+        span: Range,
+        buffers: int,
+        slots: tuple[str, ...],
+        n_virtual: int = 0,
     ) -> Place:
         """Build the state machine, here because arrays that come through Ray are read-only.
 
         buffers: as many of parameters as it takes;  slots: of optimizer state that are kept with them
+        n_virtual: virtual workers, where staleness is allowed and so each has steps of its own in a buffer
 
         Returns the node's name, and where workers of the same node find the parameters.
         """
@@ -75,9 +82,13 @@ class Server:
         if here() is None:
             self.shard = make()
             return None, None
-        board = Board.create(len(span), buffers, slots)
+        board = Board.create(len(span), buffers, slots, n_virtual)
         kept: dict[str, Any] = {"state": board.state} if slots else {}
-        self.shard = make(buffers=board.params, on_write=partial(Board.announce, board), **kept)
+        if board.pushes is not None:
+            kept["on_seal"] = board.pushes.seal
+        self.shard = make(buffers=board.params, on_write=board.announce, **kept)
+        if board.pushes is not None:
+            board.pushes.begin(self.shard.sequence, self.shard.tally())
         serve = SparseSharedServer if isinstance(self.shard, SparseShard) else SharedServer
         self.shared = serve(self.shard, board, self.lock, self._advanced_in_thread)
         return here(), self.shared.address
@@ -86,14 +97,14 @@ class Server:
         """Keep the memory of these servers of this node from going with them."""
         self.held = {address: self.held.get(address) or Board.attach(address) for address in addresses}
 
-    async def succeed(self, address: BoardAddress, make: Callable[..., ServerShard], span: Range) -> Place:
-        """Take the place of a server that is dead: copy what its memory holds. Raises RunError where it is not held."""
+    async def succeed(self, address: BoardAddress, make: Callable[..., ServerShard], span: Range, since: int) -> Place:
+        """Take the place of a server that is dead: copy what its memory holds. Raises RunError where it is not held, or
+        does not tell of all steps from ``since`` on."""
         if address not in self.held:
             raise RunError("the memory of the server that died is not held here")
         board = self.held.pop(address)
-        remains = board.survives()
-        make = partial(make, generation=remains.newest, previous=remains.previous, commits=remains.commits)
-        return await self.begin(make, span, address.buffers, address.slots)
+        make = partial(make, **board.survives(since).arguments())
+        return await self.begin(make, span, address.buffers, address.slots, address.n_virtual)
 
     # -- replicas
 
@@ -105,19 +116,16 @@ class Server:
             self._publish()
         return copy
 
-    async def follow_from(
-        self, copy: Copy, make: Callable[..., ServerShard], span: Range, buffers: int, slots: tuple[str, ...]
-    ) -> Place:
-        """Become the replica of the server whose copy this is."""
-        make = partial(make, generation=copy.newest, previous=copy.previous, commits=copy.commits)
+    async def follow_from(self, copy: Copy, make: Callable[..., ServerShard], span: Range, *layout: Any) -> Place:
+        """Become the replica of the server whose copy this is. layout: as of :meth:`begin`"""
         self.follows = True
-        return await self.begin(make, span, buffers, slots)
+        return await self.begin(partial(make, **copy.arguments()), span, *layout)
 
-    async def followed_by(self, replica: Any, version: int) -> None:
-        """From now on a step is told to others when this replica, which holds ``version``, has it, too."""
+    async def followed_by(self, replica: Any, sequence: int) -> None:
+        """From now on a step is told to others when this replica, which counts ``sequence``, has it, too."""
         with self.lock:
             self.replica = replica
-            self.shard.copied = Copied(version)
+            self.shard.copied_to(sequence)
 
     async def alone(self) -> None:
         """The replica is dead: go on without."""
@@ -126,13 +134,14 @@ class Server:
             self._publish()
 
     @untold
-    async def follow(self, sealed: Sealed | None) -> int:
-        """As a replica, take over a step (None: none); the version that is held. Who was promoted follows nobody."""
+    async def follow(self, sealed: Sealed | Applied | None) -> int:
+        """As a replica, take over a step, or a push (None: nothing); what it counts then. Who was promoted follows
+        nobody."""
         if not self.follows:
             return -1
         with self.lock:
-            version: int = self.shard.version if sealed is None else self.shard.follow(sealed)
-        return version
+            sequence: int = self.shard.sequence if sealed is None else self.shard.follow(sealed)
+        return sequence
 
     async def promote(self) -> Place:
         """Take the primary's place: from here on nobody is followed."""
@@ -162,8 +171,11 @@ class Server:
                 copied = self.shard.copied
                 if replica is not self.replica or copied is None:
                     return
+                backlogged = self.shard.backlogged
                 if copied.confirm(future.result()):
                     self._publish()
+                if backlogged and self.shared is not None:
+                    self.shared.wake()
         elif isinstance(error, ray.exceptions.ActorUnavailableError) and self.loop is not None:
             self.loop.call_later(PAUSE_S, self._ship_again, replica)
 
@@ -203,6 +215,12 @@ class Server:
             found: Int64 = self.shard.told_clocks
         return found
 
+    async def held_clocks(self) -> Int64:
+        """(n_virtual,) where whoever carries virtual workers from now on is to begin."""
+        with self.lock:
+            found: Int64 = self.shard.held_clocks
+        return found
+
     async def meet(self, servers: Sequence[Any]) -> None:
         """Get to know all servers, by shard: where the gradient's norm is limited they tell each other theirs."""
         self.servers = servers
@@ -226,6 +244,7 @@ class Server:
         replies: list[Reply] = []
         for request in requests:
             if isinstance(request, Push | SparsePush):
+                await self._room()
                 replies.append(self._push(request))
             else:
                 replies.append(await self._pull(request))
@@ -249,11 +268,31 @@ class Server:
             found: Generation = self.shard.snapshot(version, part)
         return found
 
+    async def tally(self) -> tuple[int, Tally]:
+        """What is in the arrays where staleness is allowed, and how many pushes were applied: more say that it is of
+        yesterday."""
+        with self.lock:
+            return self.shard.sequence, self.shard.tally()
+
+    async def cut(self, part: Range) -> Generation:
+        """A copy of these coordinates as they are now."""
+        failpoints.reach("server.snapshot", self.shard.version)
+        with self.lock:
+            found: Generation = self.shard.cut(part)
+        return found
+
     @untold
     async def commits(self, since: int) -> list[Commit]:
         with self.lock:
             commits: list[Commit] = self.shard.drain(since)
         return commits
+
+    async def _room(self) -> None:
+        """Wait until the replica has caught up, or is given up."""
+        while self.shard.backlogged:
+            changed = self.changed
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), PAUSE_S)
 
     def _push(self, push: Push) -> Reply:
         with self.lock:

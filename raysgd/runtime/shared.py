@@ -284,7 +284,12 @@ class SharedServer:
     def address(self) -> BoardAddress:
         board = self.board
         return BoardAddress(
-            board.segment.address, self._bell.name, len(board.params[0]), len(board.params), board.slots
+            board.segment.address,
+            self._bell.name,
+            len(board.params[0]),
+            len(board.params),
+            board.slots,
+            board.n_virtual,
         )
 
     def attach(self, address: SlotsAddress, span: Range) -> None:
@@ -309,18 +314,24 @@ class SharedServer:
     def publish(self) -> None:
         """Tell the node how the shard stands: the newest version last. The caller holds the lock."""
         words, shard = self.board.words, self.shard
-        self._recorded = self.board.record(shard.commits, self._recorded)
+        if self.board.pushes is None:
+            self._recorded = self.board.record(shard.commits, self._recorded)
         words[FROZEN] = shard.frozen
         words[DIVERGED] = -1 if shard.diverged is None else shard.diverged
         told = shard.told
-        words[SEQUENCE] = shard.sequence - (shard.version - told)  # a step that the replica lacks is not told yet
+        untold = shard.version - told if self.board.pushes is None else 0
+        words[SEQUENCE] = shard.sequence - untold  # a step that the replica lacks is not told yet
         words[NEWEST] = told
         for address, slots in self._workers:
             self._ringer.ring(address.bell, slots.segment.words)
 
+    def wake(self) -> None:
+        """Have the slots looked at: what was no time for is taken now."""
+        self._ringer.ring(self._bell.name, self.board.words)
+
     def close(self) -> None:
         self._closed = True
-        self._ringer.ring(self._bell.name, self.board.words)
+        self.wake()
         self._thread.join()
         self._bell.close()
         self._ringer.close()
@@ -338,6 +349,8 @@ class SharedServer:
             return True
         if self._whole_step():
             return self._all_here()
+        if self.shard.backlogged:
+            return False
         return any(words[at] >= 0 and not self._is_judged(words, at) for heads in self._heads for words, at in heads)
 
     def _scan(self) -> None:
@@ -392,6 +405,8 @@ class SharedServer:
             for ring in sorted((0, 1), key=lambda r: slots.words[slots.at(r, 0)]):
                 for k in range(len(address.nodes)):
                     at = slots.at(ring, k)
+                    if self.shard.backlogged:
+                        return
                     if slots.words[at] >= 0 and not self._is_judged(slots.words, at):
                         self._offer(address, slots, ring, k)
 

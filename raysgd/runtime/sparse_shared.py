@@ -267,9 +267,13 @@ class SparseSharedServer:
         for address, slots in self._workers:
             self._ringer.ring(address.bell, slots.segment.words)
 
+    def wake(self) -> None:
+        """Have the slots looked at."""
+        self._ringer.ring(self._bell.name, self.board.words)
+
     def close(self) -> None:
         self._closed = True
-        self._ringer.ring(self._bell.name, self.board.words)
+        self.wake()
         self._thread.join()
         self._bell.close()
         self._ringer.close()

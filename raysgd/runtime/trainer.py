@@ -309,8 +309,11 @@ class Trainer:
             if self._incarnations is not None:  # no push from before a return to a checkpoint passes for one of now
                 incarnations[:] = self._incarnations
             self._incarnations = incarnations
-            generation = None if begin.checkpoint is None else begin.checkpoint.generation
-            attempt.begin(generation)
+            generation, tallies = None, None
+            if begin.checkpoint is not None:
+                generation = begin.checkpoint.generation
+                tallies = begin.checkpoint.tallies_of(self.spec.scaling.num_servers)
+            attempt.begin(generation, tallies)
             if generation is not None:
                 generation.release()  # the servers have it
             try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import join
 from raysgd.protocol.ledger import entry, extend
 from raysgd.protocol.membership import Assign, Assignment, Committed, Decision, Fail, Kill, Left, Start, Wait
@@ -83,6 +84,7 @@ def arrive(sim: Simulation) -> None:
         sim.violation(f"I4: shards at versions {versions} where all workers reached {sim.goal}")
         return
     sim.checkpoint = join([shard.snapshot(sim.goal) for shard in sim.shards])
+    sim.tallies = [None] * len(sim.shards)
     sim.over = sim.goal == sim.until
     if sim.over:
         return
@@ -93,17 +95,39 @@ def arrive(sim: Simulation) -> None:
         sim.start(assignment)
 
 
+def midway(sim: Simulation) -> None:
+    """A checkpoint between two boundaries: everybody stops, and goes on under new incarnations."""
+    poll(sim)
+    step = min(int(shard.told_clocks.min()) for shard in sim.shards)
+    if sim.over or sim.down or not sim.current or step <= sim.checkpoint.step:
+        return
+    sim.outcome.faults["midway"] += 1
+    if sim.problem.consistency.exact:
+        sim.checkpoint = join([shard.snapshot(step) for shard in sim.shards])
+    else:
+        cuts = [shard.cut() for shard in sim.shards]
+        sim.checkpoint = join([replace(cut, step=step) for cut in cuts])
+        sim.tallies = [shard.tally().since(step) for shard in sim.shards]
+    act(sim, sim.membership.refence())
+
+
 def poll(sim: Simulation) -> None:
-    """Ask the living shards what they committed since."""
-    rounds = sim.problem.rule.rounds
-    for i, shard in enumerate(sim.shards):
-        if i in sim.down:
-            continue
-        for commit in shard.drain(sim.told[i]):
-            if commit.staleness > sim.problem.consistency.staleness:
-                sim.violation(f"I7: shard {i}, step {commit.step}: {commit.staleness} steps stale")
-            record = entry(commit, attempt=0, generation=sim.successions[i], timeline=sim.timeline, shard=i)
-            steps = rounds.steps(commit.step)
-            extend(sim.outcome.ledger, replace(record, begin=steps.start, end=steps.stop))
-            sim.told[i] = max(sim.told[i], commit.step + 1)
+    """Ask the shards what they committed since, and note what all of them did; not while one of them is dead."""
+    if sim.down:
+        return
+    found = [shard.drain(told) for shard, told in zip(sim.shards, sim.told, strict=True)]
+    until = min(commits[-1].step + 1 if commits else told for commits, told in zip(found, sim.told, strict=True))
+    for i, commits in enumerate(found):
+        for commit in commits:
+            if commit.step < until:
+                note(sim, i, commit)
     sim.take(Committed(min(sim.told)))
+
+
+def note(sim: Simulation, shard: int, commit: Commit) -> None:
+    if commit.staleness > sim.problem.consistency.staleness:
+        sim.violation(f"I7: shard {shard}, step {commit.step}: {commit.staleness} steps stale")
+    record = entry(commit, attempt=0, generation=sim.successions[shard], timeline=sim.timeline, shard=shard)
+    steps = sim.problem.rule.rounds.steps(commit.step)
+    extend(sim.outcome.ledger, replace(record, begin=steps.start, end=steps.stop))
+    sim.told[shard] = max(sim.told[shard], commit.step + 1)

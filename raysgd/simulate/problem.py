@@ -77,7 +77,9 @@ class Faults:
     server_kill: float = 0.0
     #: a server dies with its memory
     node_loss: float = 0.0
-    #: every server has a replica, where the consistency allows it; which dies
+    #: a checkpoint is taken between two boundaries
+    midway: float = 0.0
+    #: every server has a replica; which dies
     replicas: bool = False
     replica_kill: float = 0.0
     checkpoint_every: int = 0

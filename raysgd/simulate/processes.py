@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raysgd.protocol.membership import HANGS_IN_ONE_STEP, Draining, Left, Silent
 from raysgd.protocol.shares import Measured
-from raysgd.simulate import replicas
+from raysgd.simulate import driver, replicas
 from raysgd.simulate.servers import strike
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def befall(sim: Simulation) -> None:
         (faults.server_kill, partial(strike, memory_lost=False)),
         (faults.node_loss, partial(strike, memory_lost=True)),
         (faults.replica_kill, replicas.strike),
+        (faults.midway, pause),
     ):
         if probability and chance() < probability:
             fault(sim)
@@ -86,6 +87,11 @@ def drain(sim: Simulation, worker: int) -> None:
     """Announced, and gone after a while."""
     sim.later(0, partial(sim.take, Draining(worker)))
     sim.later(30 + sim.random.randrange(100), partial(end, sim, worker))
+
+
+def pause(sim: Simulation) -> None:
+    """The driver finds that it is time for a checkpoint."""
+    sim.later(sim.random.randrange(20), partial(driver.midway, sim))
 
 
 def slow(sim: Simulation) -> None:

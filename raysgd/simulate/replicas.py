@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from raysgd.protocol.replica import Copied, Followed, Sealed
+from raysgd.protocol.replica import Applied, Followed, Sealed
 from raysgd.simulate import servers
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Between:
     """A message between a primary and its replica, to or from this process of it."""
 
     number: int
-    content: Sealed | Followed
+    content: Sealed | Applied | Followed
 
     @property
     def shard(self) -> int:
@@ -37,7 +37,7 @@ class Between:
 
     @property
     def version(self) -> int:
-        return self.content.version if isinstance(self.content, Followed) else self.content.step
+        return self.content.version if isinstance(self.content, Followed) else self.content.number
 
 
 def fill(sim: Simulation) -> None:
@@ -47,9 +47,9 @@ def fill(sim: Simulation) -> None:
             copy = shard.copy()
             sim.wake_readers(index)  # it waits no longer for one that is dead
             sim.replica_number += 1
-            follower = sim.make_shard(index, copy.newest, copy.previous, copy.commits)
+            follower = sim.make_shard(index, **copy.arguments())
             sim.replicas[index] = Replica(follower, sim.replica_number)
-            shard.copied = Copied(copy.newest.step)
+            shard.copied_to(follower.sequence)
 
 
 def tell(sim: Simulation, index: int) -> None:
@@ -73,7 +73,7 @@ def receive(sim: Simulation, index: int, message: Between) -> None:
     replica = sim.replicas[index]
     if replica is None or replica.number != message.number:
         return
-    if isinstance(message.content, Sealed):
+    if not isinstance(message.content, Followed):
         version = replica.shard.follow(message.content)
         sim.network.send(index, Between(replica.number, Followed(index, version)))
     elif index not in sim.down:

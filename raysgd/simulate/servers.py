@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysgd.protocol.gate import Commit
-from raysgd.protocol.generation import Generation
 from raysgd.protocol.ledger import rollback as open_timeline
-from raysgd.protocol.replica import Copied
+from raysgd.protocol.sparse_shard import SparseShard, Store
+from raysgd.protocol.stale import StaleShard
+from raysgd.protocol.tally import Tally
 from raysgd.protocol.update import Cell, Update
 from raysgd.simulate import driver, replicas
 
@@ -51,15 +52,21 @@ class Dying:
         raise Died
 
 
-def remains(dead: Any) -> tuple[Generation, Generation | None]:
+def remains(sim: Simulation, index: int) -> dict[str, Any]:
     """What is found in a dead shard's memory: the newest generation that was told, and the one before unless it was
-    being written over."""
-    told = getattr(dead, "told", dead.version)
+    being written over; where staleness is allowed the newest that was sealed, and what is in it. And what it had not
+    told the driver."""
+    dead = sim.shards[index]
+    if isinstance(dead, StaleShard):
+        tally = dead.tally()
+        rounds = tuple(r for r in tally.rounds if r.step >= sim.told[index])
+        return {"generation": dead.cut(), "tally": Tally(tally.clocks, rounds)}
     try:
-        previous = dead.snapshot(told - 1)
+        previous = dead.snapshot(dead.told - 1)
     except KeyError:
         previous = None
-    return dead.snapshot(told), previous
+    commits = untold(sim, index, dead.told)
+    return {"generation": dead.snapshot(dead.told), "previous": previous, "commits": commits}
 
 
 def untold(sim: Simulation, index: int, version: int) -> list[Commit]:
@@ -67,11 +74,35 @@ def untold(sim: Simulation, index: int, version: int) -> list[Commit]:
     return [commit for commit in sim.shards[index].commits if sim.told[index] <= commit.step < version]
 
 
+class DyingStore(Store):
+    """What a sparse shard writes in place, whose process ends on the way. left: blocks that it still writes"""
+
+    left = 0
+
+    @classmethod
+    def of(cls, store: Store, chance: random.Random) -> DyingStore:
+        made = cls(store.version, store.arrays, store.record)
+        made.left = chance.randrange(3)
+        return made
+
+    def recover(self) -> None:
+        """Some of the record's blocks are written."""
+        for _ in self.writes():
+            if self.left == 0:
+                raise Died
+            self.left -= 1
+        raise Died
+
+
 def strike(sim: Simulation, *, memory_lost: bool) -> None:
     """A server will die: at a random moment, or while it writes the next generation."""
     index = sim.random.randrange(len(sim.shards))
-    if not memory_lost and hasattr(sim.shards[index], "update") and sim.random.random() < 0.5:
-        sim.shards[index].update = Dying(sim.shards[index].update, sim.random)
+    shard = sim.shards[index]
+    if not memory_lost and sim.random.random() < 0.5:
+        if isinstance(shard, SparseShard):
+            shard.store = DyingStore.of(shard.store, sim.random)
+        else:
+            shard.update = Dying(shard.update, sim.random)
     else:
         sim.outcome.faults["node_loss" if memory_lost else "server_kill"] += 1
         sim.later(sim.random.randrange(60), partial(die, sim, index, memory_lost=memory_lost))
@@ -97,11 +128,12 @@ def recover(sim: Simulation, index: int) -> None:
 
 
 def succeed(sim: Simulation, index: int) -> None:
-    dead = sim.shards[index]
-    generation, previous = remains(dead)
-    replace(sim, index, sim.make_shard(index, generation, previous, untold(sim, index, generation.step)))
-    replica = sim.replicas[index]
-    sim.shards[index].copied = None if replica is None else Copied(replica.shard.version)
+    """Its replica goes on with the successor; where staleness is allowed that may be further, and another one comes."""
+    replace(sim, index, sim.successor(index))
+    if isinstance(sim.shards[index], StaleShard):
+        sim.replicas[index] = None
+    if (replica := sim.replicas[index]) is not None:
+        sim.shards[index].copied_to(replica.shard.sequence)
     del sim.down[index]
 
 
@@ -122,7 +154,8 @@ def roll_back(sim: Simulation) -> None:
     if sim.faults.checkpoint_every and lost > sim.faults.checkpoint_every:
         sim.violation(f"I5: {lost} steps are lost where checkpoints are {sim.faults.checkpoint_every} apart")
     for i, span in enumerate(sim.spans):
-        replace(sim, i, sim.make_shard(i, checkpoint.cut(span)))
+        more = {} if sim.tallies[i] is None else {"tally": sim.tallies[i]}
+        replace(sim, i, sim.make_shard(i, checkpoint.cut(span), **more))
         sim.replicas[i] = None
     sim.timeline = open_timeline(sim.outcome.ledger, sim.problem.rule.rounds.begin(checkpoint.step)).timeline
     sim.told = [checkpoint.step] * len(sim.shards)

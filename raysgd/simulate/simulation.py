@@ -17,13 +17,13 @@ from raysgd.learn.batch import Float32
 from raysgd.learn.parameters import block_width, even_split
 from raysgd.protocol.client import Client, Compute, Done
 from raysgd.protocol.compute import subtree_sums
-from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation, finite
 from raysgd.protocol.ledger import check
 from raysgd.protocol.membership import Assignment, Event, Joined, Membership, Share
 from raysgd.protocol.messages import Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.sparse import SparsePull, SparsePush
 from raysgd.protocol.stale import shard_class, succeeds
+from raysgd.protocol.tally import Tally
 from raysgd.protocol.tree import Partial
 from raysgd.simulate import driver, replicas, servers
 from raysgd.simulate.network import Delivery, Network
@@ -108,6 +108,8 @@ class Simulation:
         #: by shard: the commits before which the driver was told of, and how many processes it had before this one
         self.told, self.successions = [whole.step] * n_servers, [0] * n_servers
         self.begin, self.checkpoint, self.timeline = whole.step, whole, 0
+        #: by shard: what is in the checkpoint, where it was taken while virtual workers stood apart
+        self.tallies: list[Tally | None] = [None] * n_servers
         self.goal = driver.boundary(self, whole.step)
         self.membership = Membership(problem.n_virtual, n_workers, problem.n_virtual if most is None else most)
         self.processes: dict[int, Process] = {}
@@ -175,11 +177,14 @@ class Simulation:
 
     def succeeds(self) -> bool:
         """Whether what a dead shard's memory holds is enough to go on from."""
-        return succeeds(self.problem.consistency, self.problem.rule, len(self.spans))
+        return succeeds(self.problem.rule, len(self.spans))
 
-    def make_shard(
-        self, index: int, generation: Generation, previous: Generation | None = None, commits: Sequence[Commit] = ()
-    ) -> Any:
+    def successor(self, index: int) -> Any:
+        """The shard that goes on from a dead one's memory."""
+        return self.make_shard(index, **servers.remains(self, index))
+
+    def make_shard(self, index: int, generation: Generation, **more: Any) -> Any:
+        """more: what else a shard takes that begins where another was"""
         problem, layout = self.problem, self.problem.learner.layout
         return shard_class(problem.consistency)(
             index,
@@ -190,8 +195,7 @@ class Simulation:
             n_shards=len(self.spans),
             width=block_width(layout.n_params),
             consistency=problem.consistency,
-            previous=previous,
-            commits=commits,
+            **more,
         )
 
     def make_client(self, share: Share) -> Any:
@@ -228,7 +232,7 @@ class Simulation:
 
     def start(self, assignment: Assignment) -> None:
         """Begin where all shards' clocks say, under incarnations that all of them know."""
-        share = Share.at(assignment, self.problem.n_virtual, [s.told_clocks for s in self.shards])
+        share = Share.at(assignment, self.problem.n_virtual, [s.held_clocks for s in self.shards])
         self.current.append(len(self.seats))
         self.seats.append(Seat(assignment.worker, self.make_client(share)))
         self.begin_seat(self.current[-1])
