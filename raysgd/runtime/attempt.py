@@ -340,8 +340,10 @@ class Attempt:
         return DivergedError(self.plan.rounds.begin(version), f"{said}; {kept}. {remedy}")
 
     def _read_commits(self, below: int | None = None) -> None:
-        """Take the new commits of steps below ``below`` into the ledger, those of shard 0 into the curve; default: of the
-        steps that all servers tell of."""
+        """Take the new commits of steps below ``below`` into the ledger, those of shard 0 into the curve.
+
+        below: default: the first step that not every server tells of
+        """
         before, rounds, servers = self.curve.step, self.plan.rounds, self.gang.server_actors
         since = [before, *(self.ledger.end(i) for i in range(1, len(servers)))]
         reading = [s.commits.remote(rounds.at(step)) for s, step in zip(servers, since, strict=True)]

@@ -256,18 +256,47 @@ def test_no_loss_is_borne_where_none_may_be(place: Path, disturb: Any) -> None:
 
 
 @pytest.mark.parametrize("staleness", [2, float("inf")])
+@pytest.mark.parametrize("order", ["server.applied@700:kill", "server.published@700:kill"])
+def test_with_staleness_no_push_is_lost_or_doubled(
+    place: Path, monkeypatch: pytest.MonkeyPatch, staleness: float, order: str
+) -> None:
+    """A server dies when pushes are applied and nobody knows, and when everybody does: its clocks say what counts."""
+    options, asked = Gang._options, []
+
+    def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
+        made = options(self, cpus, bundle)
+        if cpus == self.scaling.server_cpus:
+            asked.append(cpus)
+            if len(asked) == 1:
+                orders = {"RAYSGD_FAILPOINTS": order}
+                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **orders}
+        return made
+
+    monkeypatch.setattr(Gang, "_options", first_dies)
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
+    name = f"stale-{staleness}-{order.partition('@')[0]}"
+    result, said = fit(place, name, 3, 2, train__staleness=staleness)
+    assert result.step == END
+    assert sum("its spare goes on from its memory" in line for line in said) == 1, said
+
+
+@pytest.mark.parametrize("staleness", [2, float("inf")])
 def test_with_staleness_no_row_is_lost(place: Path, disturb: Any, staleness: float) -> None:
     name = f"stale-{staleness}"
 
     def what(until: Callable[[int], None]) -> None:
         until(300)
         os.kill(actors("Worker")[0], signal.SIGKILL)
-        until(1000)
-        os.kill(actors("Server")[0], signal.SIGKILL)
+        for step in (1000, 2000, 3000):
+            until(step)
+            wait_for("the spare", spare)
+            os.kill(random.Random(step).choice(actors("Server")), signal.SIGKILL)
 
     disturb(name, what)
-    result, _ = fit(place, name, 3, 2, train__staleness=staleness)
+    result, said = fit(place, name, 3, 2, train__staleness=staleness)
     assert result.step == END
+    assert sum("its spare goes on from its memory" in line for line in said) == 3, said
+    assert not any("all go back" in line for line in said), said
     trained = [line for line in result.history if line["kind"] == "train"]
     assert [line["step"] for line in trained] == list(range(50, END + 1, 50))
     assert trained[-1]["rows"] == EPOCHS * 613

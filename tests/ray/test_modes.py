@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import curve, one_process_digests, spec_of, status_of, write_table
+from disturbing import Disturber, Said, actors
+from ray_runs import curve, one_process_digests, spec_of, status_of, wait_for, write_table
 
+from raysgd import checkpoint as checkpoints
 from raysgd import cli
+from raysgd.audit import audit
 from raysgd.report.progress import Silent
 from raysgd.runtime import attempt, crew
 from raysgd.runtime.trainer import Result, Trainer
+from raysgd.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -67,22 +74,56 @@ def test_local_steps_stop_and_go_on_at_the_end_of_a_round(place: Path) -> None:
     assert [line["step"] for line in whole.history if line["kind"] == "validation"] == [0, 8, 16, 24, 28, 36, 40]
 
 
-def test_a_stale_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("staleness", ["2", "inf"])
+def test_a_stale_run_that_is_interrupted_goes_on_from_where_it_stood(
+    place: Path, monkeypatch: pytest.MonkeyPatch, staleness: str
 ) -> None:
-    words = ["train", str(place / "run.toml"), "--name", "stale", "-q", "--set", "train.staleness=inf"]
-    words += ["--set", "run.checkpoint_every=10", "--set", "scaling.num_workers=2"]
-    train_to = attempt.Attempt._train_to
+    """Between two boundaries, workers apart: what is in each server beyond the step is in the checkpoint, too."""
+    name = f"stale-{staleness}"
+    words = ["train", str(place / "run.toml"), "--name", name, "-q", "--set", f"train.staleness={staleness}"]
+    words += ["--set", "train.epochs=200", "--set", "scaling.num_workers=3", "--set", "scaling.num_servers=2"]
+    words += ["--set", "run.validate_every=4000", "--set", "run.checkpoint_every=4000"]
+    tick = attempt.Attempt._tick
 
-    def interrupted(self: attempt.Attempt, until: int) -> None:
-        if until > 20:
+    def interrupted(self: attempt.Attempt) -> None:
+        tick(self)
+        if self.crew.running and self.curve.step > 500:
             raise KeyboardInterrupt
-        train_to(self, until)
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempt.Attempt, "_train_to", interrupted)
+        patched.setattr(attempt.Attempt, "_tick", interrupted)
         assert cli.main(words) == 130
-    run = place / "runs" / "stale"
-    assert (status_of(run)["state"], status_of(run)["step"]) == ("interrupted", 20)
+    run = place / "runs" / name
+    stood = status_of(run)
+    assert stood["state"] == "interrupted"
+    assert 500 < stood["step"] < 4000
+    saved = checkpoints.load(Storage.open(run))
+    assert saved.step == stood["step"]
     assert cli.main(words) == 0
-    assert (status_of(run)["state"], status_of(run)["step"]) == ("succeeded", 40)
+    assert (status_of(run)["state"], status_of(run)["step"]) == ("succeeded", 4000)
+    found = audit(Storage.open(run))
+    assert (found.problems, found.steps, found.attempts, found.rows) == ((), 4000, 2, True)
+
+
+def test_a_stale_run_is_saved_by_time_and_goes_back_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a spare a lost server takes all back to the newest checkpoint, which lies between two boundaries."""
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 1e9)
+    name = "stale-by-time"
+    settings: dict[str, Any] = {"train__epochs": 400, "run__checkpoint_every": 8000, "run__validate_every": 8000}
+    settings |= {"run__checkpoint_seconds": 0.3, "train__staleness": inf}
+    spec = spec_of(place, run__name=name, scaling__num_workers=3, scaling__num_servers=2, **settings)
+
+    def what(_until: Callable[[int], None]) -> None:
+        wait_for("a checkpoint", lambda: checkpoints.steps(Storage.open(place / "runs" / name)))
+        os.kill(actors("Server")[0], signal.SIGKILL)
+
+    disturber, said = Disturber(place / "runs" / name, what), Said()
+    disturber.start()
+    result = Trainer.from_spec(spec, report=said).fit()
+    disturber.join(60)
+    assert disturber.error is None
+    assert result.step == 8000
+    [back] = [line for line in said.lines if "all go back to step" in line]
+    assert "all go back to step 0" not in back
+    found = audit(Storage.open(place / "runs" / name))
+    assert (found.problems, found.steps, found.rows) == ((), 8000, True)
