@@ -36,6 +36,9 @@ from raysgd.runtime.segment import Address, Doorbell, Ringer, Segment
 #: seconds after which a waiting process looks at the shared state although no bell rang
 RESCAN_S = 0.02
 
+#: times in a row that parameters are copied while the server is faster, before something else is looked at
+COPIES = 100
+
 VERDICTS = tuple(Verdict)
 
 #: words of a slot before those of each shard
@@ -151,10 +154,10 @@ class SharedMemory:
             if now > deadline:
                 return None
             if not self._bell.wait(RESCAN_S, self._answered):
-                if self.stopped():
-                    break
                 replies += self._refusals()
             replies += self._replies()
+            if not replies and self.stopped():
+                break
         return replies
 
     def close(self) -> None:
@@ -215,9 +218,10 @@ class SharedMemory:
             return Halted(shard, version, diverged if diverged >= 0 else None)
         if not self.exact:
             out = self._copy[self.spans[shard].slice]
-            while (read := board.copy(out)) is None:
-                pass
-            return Pulled(shard, read, out)
+            for _ in range(COPIES):
+                if (read := board.copy(out)) is not None:
+                    return Pulled(shard, read, out)
+            return None  # the server may have died after it announced that it writes there
         if words[WRITING] > version + 1:
             return Gone(shard, version, oldest=newest - 1)
         return Pulled(shard, version, board.at(version))

@@ -286,6 +286,19 @@ def test_a_reader_never_sees_a_torn_version() -> None:
         assert writer.wait(30) == 0
 
 
+def test_nobody_waits_for_a_server_that_died_while_it_wrote() -> None:
+    """It announced a write and did not come to tell of it: whoever copies is never sure, and ends when told to."""
+    p = replace(problem(), consistency=Consistency(inf))
+    span = Range(0, p.learner.layout.n_params)
+    with serving(p, (span,), p.initial()) as [server]:
+        memory = SharedMemory([server.address], (Range(0, V),), ((1,) * V,), (span,), exact=False)
+        server.board.announce(server.shard.sequence + 3)
+        asked = iter(range(50))
+        memory.stopped = lambda: next(asked, None) is None
+        assert memory.exchange([Pull(0, 0)], wait=True) == []
+        memory.close()
+
+
 def test_a_segment_that_is_gone_or_another_is_refused() -> None:
     segment = Segment.create(100)
     there = Segment.attach(segment.address)
