@@ -155,11 +155,13 @@ class Plan:
         return 1 if self.sparse else shard_class(self.consistency).BUFFERS
 
     @property
-    def server_layout(self) -> tuple[int, tuple[str, ...], int]:
-        """How a server lays out what it keeps: buffers of parameters, slots of the optimizer's state beside them, and
-        the virtual workers that have clocks of their own."""
-        slots = () if self.sparse else tuple(self.spec.optimizer.slots)
-        return self.buffers, slots, 0 if self.consistency.exact else self.spec.train.virtual_workers
+    def server_layout(self) -> tuple[int, tuple[str, ...], int, int]:
+        """How a server lays out what it keeps: buffers of parameters, slots of the optimizer's state beside them, the
+        virtual workers that have clocks of their own, and the coordinates that a step touches at most if it is few."""
+        n_virtual, touched = self.spec.train.virtual_workers, 0
+        if isinstance(self.learner, BoundHashed):
+            touched = self.learner.touched(n_virtual * self.sampler.rows_per_draw)
+        return self.buffers, tuple(self.spec.optimizer.slots), 0 if self.consistency.exact else n_virtual, touched
 
     def initial(self) -> Generation:
         """Version 0: small random weights from the seed, optimizer state zero."""
@@ -175,22 +177,11 @@ class Plan:
 
         The generation's steps become rounds, as the protocol counts. None: version 0, which the shards make themselves.
         """
-        spans = self.spans()
-        if isinstance(self.learner, BoundHashed):
+        makers = list(zip(self.successors(), self.spans(), strict=True))
+        if self.sparse:
             return [
-                partial(
-                    make_sparse_shard,
-                    i,
-                    self.rule,
-                    span,
-                    self.learner,
-                    n_virtual=self.spec.train.virtual_workers,
-                    seed=self.spec.train.seed,
-                    generation=None if generation is None else generation.cut(span),
-                )
-                for i, span in enumerate(spans)
+                partial(make, generation=None if generation is None else generation.cut(span)) for make, span in makers
             ]
-        makers = list(zip(self.successors(), spans, strict=True))
         if generation is None:
             seed, slots = self.spec.train.seed, tuple(self.spec.optimizer.slots)
             return [partial(_at_version_0, make, self.learner, seed, span, slots) for make, span in makers]
@@ -203,18 +194,21 @@ class Plan:
     @property
     def succeeds(self) -> bool:
         """Whether a server's successor can go on from the memory that it left."""
-        return not self.sparse and succeeds(self.rule, len(self.spans()))
+        return succeeds(self.rule, len(self.spans()))
 
-    def successors(self) -> list[Callable[..., ServerShard]]:
-        """What makes the state machine of each dense server shard, but for what it begins at; pickles."""
-        layout, spans = self.learner.layout, self.spans()
+    def successors(self) -> list[Callable[..., ServerShard | SparseShard]]:
+        """What makes the state machine of each server shard, but for what it begins at; pickles."""
+        layout, spans, train = self.learner.layout, self.spans(), self.spec.train
+        if isinstance(self.learner, BoundHashed):
+            make = partial(make_sparse_shard, n_virtual=train.virtual_workers, seed=train.seed)
+            return [partial(make, i, self.rule, span, self.learner) for i, span in enumerate(spans)]
         return [
             partial(
                 shard_class(self.consistency),
                 i,
                 self.rule,
                 layout.penalized(span),
-                n_virtual=self.spec.train.virtual_workers,
+                n_virtual=train.virtual_workers,
                 n_shards=len(spans),
                 width=block_width(layout.n_params),
                 consistency=self.consistency,
@@ -250,8 +244,8 @@ class Plan:
 
 
 def _at_version_0(
-    make: Callable[..., ServerShard], learner: ValueAndGrad, seed: int, span: Range, slots: tuple[str, ...], **kept: Any
-) -> ServerShard:
+    make: Callable[..., Any], learner: ValueAndGrad, seed: int, span: Range, slots: tuple[str, ...], **kept: Any
+) -> Any:
     """A shard at its part of the initial parameters, made where it is kept: they need not travel."""
     params = learner.initial(seed)[span.slice]
     return make(generation=Generation(0, params, {slot: np.zeros_like(params) for slot in slots}), **kept)

@@ -69,6 +69,13 @@ class Store:
     record: Record | None = None
     #: called with a version before the first value of it is written
     on_write: Callable[[int], None] = field(default=lambda _: None)
+    #: called with a record before it counts: whoever finds it there later writes its values again
+    on_seal: Callable[[Record], None] = field(default=lambda _: None)
+
+    def seal(self, record: Record) -> None:
+        """From here on the step counts, whatever becomes of this process."""
+        self.on_seal(record)
+        self.record = record
 
     def writes(self) -> Iterator[None]:
         """Write the record's new values, a block of one array at a time, and then its version. Repeats do no harm."""
@@ -173,7 +180,7 @@ class SparseShard(Gate[SparseSum]):
         if not all(map(finite, record.new.values())):
             self.diverged = self.version
             return
-        self.store.record = record  # sealed: from here on the step counts, whatever becomes of this process
+        self.store.seal(record)
         self.store.recover()
         self.commits.append(record.commit)
         self.clocks.advance(Range(0, self.n_virtual))
@@ -214,24 +221,33 @@ def make_sparse_shard(
     n_virtual: int,
     seed: int,
     generation: Generation | None,
+    record: Record | None = None,
+    commits: Sequence[Commit] = (),
     buffers: Sequence[Float32] | None = None,
+    state: Sequence[dict[str, Float32]] | None = None,
     on_write: Callable[[int], None] | None = None,
+    on_seal: Callable[[Record], None] | None = None,
 ) -> SparseShard:
     """A shard that begins at its part of a generation, or at the initial values, which it makes itself.
 
-    buffers: one of (len(span),) float32 zeros, for the parameters
+    buffers, state: one of (len(span),) float32 zeros for the parameters, and for each slot of the optimizer's state
+    record, commits: of a shard that died, whose arrays ``generation`` is: as it left them
     """
     params = np.zeros(len(span), np.float32) if buffers is None else buffers[0]
+    empty = {s: np.zeros(len(span), np.float32) for s in rule.transform.slots} if state is None else state[0]
     if generation is None:
         learner.initialize(params, span, seed)
-        state = {slot: np.zeros(len(span), np.float32) for slot in rule.transform.slots}
     else:
-        params[...] = generation.params
-        state = {slot: array.copy() for slot, array in generation.state.items()}
-    store = Store(0 if generation is None else generation.step, {PARAMS: params, **state})
+        Generation(0, params, empty).take(generation)
+    store = Store(0 if generation is None else generation.step, {PARAMS: params, **empty})
     if on_write is not None:
         store.on_write = on_write
-    return SparseShard(index, rule, span, store, n_virtual=n_virtual, unpenalized=learner.layout.unpenalized())
+    if on_seal is not None:
+        store.on_seal = on_seal
+    if record is not None:
+        store.seal(record)
+    unpenalized = learner.layout.unpenalized()
+    return SparseShard(index, rule, span, store, n_virtual=n_virtual, unpenalized=unpenalized, commits=commits)
 
 
 def _restore(values: Float32, ids: Int32, record: Record) -> None:

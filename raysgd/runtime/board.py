@@ -4,6 +4,7 @@
     commits: step, loss, rows, rate, staleness             a ring, for the loss curve
     params of sequence s at s % buffers; each slot of the optimizer's state, the same
     what is in each buffer                                 where staleness is allowed, see pushes.py
+    the record of the newest step                          where few coordinates are touched, see sparse_record.py
 
 A buffer is announced in ``writing`` before it is written to. So whoever finds the memory after the server's death knows
 which generations are whole, and a reader that copies knows whether it was overtaken.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,9 +23,14 @@ from raysgd.learn.batch import Float32
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.replica import begin_with
+from raysgd.protocol.sparse_shard import Record
 from raysgd.protocol.tally import Tally
 from raysgd.runtime.pushes import Pushes
 from raysgd.runtime.segment import ASLEEP, Address, Segment
+from raysgd.runtime.sparse_record import SparseRecord
+
+#: of a board: buffers of parameters, slots of the optimizer's state beside them, and see :class:`BoardAddress`
+Layout: TypeAlias = tuple[int, tuple[str, ...], int, int]
 
 #: words of a board, behind the one that says whether the server sleeps
 NEWEST, SEQUENCE, WRITING, FROZEN, DIVERGED = range(ASLEEP + 1, ASLEEP + 6)
@@ -44,6 +50,7 @@ class BoardAddress:
 
     slots: names of the arrays of the optimizer's state that lie there, too
     n_virtual: virtual workers whose clocks are told of each buffer; 0: a version tells them
+    touched: coordinates that a step can touch, where one buffer is written in place; 0: a step writes all of the next
     """
 
     segment: Address
@@ -52,19 +59,32 @@ class BoardAddress:
     buffers: int = 2
     slots: tuple[str, ...] = ()
     n_virtual: int = 0
+    touched: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """What another board takes to be like this one."""
+        return self.buffers, self.slots, self.n_virtual, self.touched
 
 
 class Board:
     """A server shard's generations where its node can see them; what of it outlives the server's process.
 
     params: one (size,) float32 a buffer;  state: each slot, the same
-    pushes: what is in each buffer, where a version does not tell
+    pushes: what is in each buffer, where a version does not tell;  sealed: of the newest step, where one is written in
+    place
     """
 
     def __init__(
-        self, segment: Segment, size: int, buffers: int, slots: tuple[str, ...] = (), n_virtual: int = 0
+        self,
+        segment: Segment,
+        size: int,
+        buffers: int,
+        slots: tuple[str, ...] = (),
+        n_virtual: int = 0,
+        touched: int = 0,
     ) -> None:
-        self.segment, self.slots, self.n_virtual = segment, slots, n_virtual
+        self.segment, self.slots, self.n_virtual, self.touched = segment, slots, n_virtual, touched
         self.words = segment.words
         self.records = segment.doubles(RECORDS * RECORD)
         first, stride = self._records_bytes(), aligned(size)
@@ -77,24 +97,47 @@ class Board:
         if n_virtual:
             memory = segment.floats(first + len(arrays) * stride, 2 * Pushes.size(buffers, n_virtual))
             self.pushes = Pushes(memory.view(np.int64), buffers, n_virtual)
+        self.sealed: SparseRecord | None = None
+        if touched:
+            memory = segment.floats(first + len(arrays) * stride, SparseRecord.size(touched, slots))
+            self.sealed = SparseRecord(memory, touched, slots)
 
     @staticmethod
     def _records_bytes() -> int:
         return aligned(2 * RECORDS * RECORD)
 
     @classmethod
-    def create(cls, size: int, buffers: int = 2, slots: tuple[str, ...] = (), n_virtual: int = 0) -> Board:
+    def create(
+        cls, size: int, buffers: int = 2, slots: tuple[str, ...] = (), n_virtual: int = 0, touched: int = 0
+    ) -> Board:
+        touched = min(size, touched)
         arrays = buffers * (1 + len(slots)) * aligned(size)
         pushes = aligned(2 * Pushes.size(buffers, n_virtual)) if n_virtual else 0
-        board = cls(Segment.create(cls._records_bytes() + arrays + pushes), size, buffers, slots, n_virtual)
+        record = aligned(SparseRecord.size(touched, slots)) if touched else 0
+        segment = Segment.create(cls._records_bytes() + arrays + pushes + record)
+        board = cls(segment, size, buffers, slots, n_virtual, touched)
         if board.pushes is not None:
             board.pushes.clear()
+        if board.sealed is not None:
+            board.sealed.clear()
         return board
 
     @classmethod
     def attach(cls, address: BoardAddress) -> Board:
         segment = Segment.attach(address.segment)
-        return cls(segment, address.size, address.buffers, address.slots, address.n_virtual)
+        return cls(segment, address.size, address.buffers, address.slots, address.n_virtual, address.touched)
+
+    def address(self, bell: bytes) -> BoardAddress:
+        """What others need. bell: of the server"""
+        return BoardAddress(
+            self.segment.address,
+            bell,
+            len(self.params[0]),
+            len(self.params),
+            self.slots,
+            self.n_virtual,
+            self.touched,
+        )
 
     def announce(self, sequence: int) -> None:
         """The buffer of ``sequence`` is about to be written to."""
@@ -140,6 +183,8 @@ class Board:
             sequence, tally = self.pushes.survives(since)
             newest = Generation(tally.version, self.at(sequence), self.state[sequence % len(self.state)])
             return Remains(newest, tally=tally)
+        if self.sealed is not None:
+            return self._survives_in_place(self.sealed, since)
         words = self.words
         version, sequence = words[NEWEST], words[SEQUENCE]
         newest = Generation(version, self.at(sequence), self.state[sequence % len(self.state)])
@@ -147,6 +192,19 @@ class Board:
         if words[WRITING] <= sequence:  # else the buffer of the version before was being written over
             before = sequence - 1
             previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
+        return Remains(newest, previous, self._recorded(since, version))
+
+    def _survives_in_place(self, sealed: SparseRecord, since: int) -> Remains:
+        """Of arrays that are written in place: as they are, and the record that takes them to the newest version."""
+        version, record = self.words[NEWEST], sealed.survives()
+        arrays = Generation(version, self.params[0], self.state[0] if self.slots else {})
+        commits = self._recorded(since, version)
+        if record is not None and record.version == version + 1:
+            commits.append(record.commit)
+        return Remains(arrays, commits=commits, record=record, in_place=True)
+
+    def _recorded(self, since: int, version: int) -> list[Commit]:
+        """The commits of steps [since, version). Raises RunError where one is not kept any more."""
         found = []
         for step in range(max(0, since), version):
             at = step % RECORDS * RECORD
@@ -154,7 +212,7 @@ class Board:
                 raise RunError(f"the memory of the server that died does not tell of step {step} any more")
             _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
             found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
-        return Remains(newest, previous, found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +220,18 @@ class Remains:
     """What is left of a server in its board: views.
 
     commits: the newest, without who took part in them;  tally: what is in the newest generation, where staleness is
-    allowed
+    allowed;  record: what takes it to the newest version, where it is written in place
     """
 
     newest: Generation
     previous: Generation | None = None
     commits: list[Commit] = field(default_factory=list)
     tally: Tally | None = None
+    record: Record | None = None
+    in_place: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What a shard takes that begins with it."""
+        if self.in_place:
+            return {"generation": self.newest, "record": self.record, "commits": self.commits}
         return begin_with(self.newest, self.previous, self.commits, self.tally)

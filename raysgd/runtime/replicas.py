@@ -14,6 +14,7 @@ import ray
 
 from raysgd.errors import RunError
 from raysgd.learn.parameters import Range
+from raysgd.runtime.board import Layout
 from raysgd.runtime.calls import ActorLostError, call, first_line
 from raysgd.runtime.gang import Gang, Member
 
@@ -51,9 +52,7 @@ class Replicas:
             self._ready[index] = Member(asked.actor, process, site)
         return bool(self._ready)
 
-    def follow(
-        self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: tuple[int, tuple[str, ...], int]
-    ) -> list[int]:
+    def follow(self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: Layout) -> list[int]:
         """Give those that have come a copy of their shard, while nobody trains; the shards that have a replica now.
 
         Raises ActorLostError where a primary is dead.

@@ -67,14 +67,11 @@ class Server:
         self,
         make: Callable[..., ServerShard | SparseShard],
         span: Range,
-        buffers: int,
-        slots: tuple[str, ...],
-        n_virtual: int = 0,
+        *layout: Any,
     ) -> Place:
         """Build the state machine, here because arrays that come through Ray are read-only.
 
-        buffers: as many of parameters as it takes;  slots: of optimizer state that are kept with them
-        n_virtual: virtual workers, where staleness is allowed and so each has steps of its own in a buffer
+        layout: of the board, behind the size
 
         Returns the node's name, and where workers of the same node find the parameters.
         """
@@ -82,10 +79,12 @@ class Server:
         if here() is None:
             self.shard = make()
             return None, None
-        board = Board.create(len(span), buffers, slots, n_virtual)
-        kept: dict[str, Any] = {"state": board.state} if slots else {}
+        board = Board.create(len(span), *layout)
+        kept: dict[str, Any] = {"state": board.state} if board.slots else {}
         if board.pushes is not None:
             kept["on_seal"] = board.pushes.seal
+        if board.sealed is not None:
+            kept["on_seal"] = board.sealed.seal
         self.shard = make(buffers=board.params, on_write=board.announce, **kept)
         if board.pushes is not None:
             board.pushes.begin(self.shard.sequence, self.shard.tally())
@@ -104,7 +103,7 @@ class Server:
             raise RunError("the memory of the server that died is not held here")
         board = self.held.pop(address)
         make = partial(make, **board.survives(since).arguments())
-        return await self.begin(make, span, address.buffers, address.slots, address.n_virtual)
+        return await self.begin(make, span, *address.layout)
 
     # -- replicas
 

@@ -286,15 +286,7 @@ class SharedServer:
 
     @property
     def address(self) -> BoardAddress:
-        board = self.board
-        return BoardAddress(
-            board.segment.address,
-            self._bell.name,
-            len(board.params[0]),
-            len(board.params),
-            board.slots,
-            board.n_virtual,
-        )
+        return self.board.address(self._bell.name)
 
     def attach(self, address: SlotsAddress, span: Range) -> None:
         """From now on read this worker's slots."""

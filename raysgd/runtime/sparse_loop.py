@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raysgd import failpoints
 from raysgd.errors import RunError
 from raysgd.learn.batch import Batch, Float32
 from raysgd.learn.models.hashed import BoundHashed
@@ -55,6 +56,8 @@ def sparse_loop(
             continue
         began, ends = time.perf_counter(), not isinstance(local, Touch)
         if isinstance(local, Touch):
+            if failpoints.armed:
+                failpoints.reach("worker.compute", local.step)
             touched = touch(learner, local.step, local.nodes, batch)
             requests, local = _sorted(client.touched(local.step, touched.ids))
         else:

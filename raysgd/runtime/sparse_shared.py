@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from raysgd import failpoints
 from raysgd.learn.batch import Float32, Int32
 from raysgd.learn.parameters import Range
 from raysgd.protocol.messages import Halted, PushReply, Verdict
@@ -237,14 +238,15 @@ class SparseSharedServer:
         self._ringer = Ringer()
         self._workers: list[tuple[SparseSlotsAddress, SparseSlots]] = []
         self._closed = False
+        #: the first step whose commit is not recorded on the board
+        self._recorded = 0
         self.publish()
         self._thread = threading.Thread(target=self._serve, name="raysgd-shared-server", daemon=True)
         self._thread.start()
 
     @property
     def address(self) -> BoardAddress:
-        board = self.board
-        return BoardAddress(board.segment.address, self._bell.name, len(board.params[0]), len(board.params))
+        return self.board.address(self._bell.name)
 
     def attach(self, address: SparseSlotsAddress, span: Range) -> None:  # noqa: ARG002 - as SharedServer's
         """From now on read this worker's slots."""
@@ -261,6 +263,7 @@ class SparseSharedServer:
     def publish(self) -> None:
         """Tell the node how the shard stands: the newest version last. The caller holds the lock."""
         words, shard = self.board.words, self.shard
+        self._recorded = self.board.record(shard.commits, self._recorded)
         words[FROZEN] = shard.frozen
         words[DIVERGED] = -1 if shard.diverged is None else shard.diverged
         words[NEWEST] = shard.version
@@ -305,7 +308,11 @@ class SparseSharedServer:
         for address, slots, k in self._unjudged():
             self._offer(address, slots, k, before[0])
         if (shard.version, shard.diverged) != before:
+            if failpoints.armed:
+                failpoints.reach("server.applied", shard.version)
             self.publish()
+            if failpoints.armed:
+                failpoints.reach("server.published", shard.version)
             self.on_advance()
 
     def _offer(self, address: SparseSlotsAddress, slots: SparseSlots, k: int, step: int) -> None:

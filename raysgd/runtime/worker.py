@@ -360,9 +360,7 @@ class Worker:
         if not isinstance(learner, BoundHashed):
             return SharedMemory(boards, nodes, incarnations, task.spans, exact=task.consistency.exact)
         rows = max(len(node) for node in nodes) * task.sampler.rows_per_draw
-        touched = rows * len(learner.inputs.categories) * learner.width + learner.tail
-        capacity = min(learner.layout.n_params, touched)
-        return SparseSharedMemory(boards, nodes, incarnations, task.spans, capacity, self._call)
+        return SparseSharedMemory(boards, nodes, incarnations, task.spans, learner.touched(rows), self._call)
 
     def _call(self, shard: int, pull: SparsePull) -> SparseReply:
         """A pull that shared memory cannot answer, by an actor call."""

@@ -202,10 +202,8 @@ def test_a_successor_holds_both_generations_and_goes_on_to_the_same_bytes() -> N
 def test_when_a_successor_can_go_on(clip_norm: float | None, n_shards: int, can: bool) -> None:
     rule = replace(shard().rule, clip_norm=clip_norm)
     assert succeeds(rule, n_shards) is can
-    plan = SimpleNamespace(sparse=False, rule=rule, spans=lambda: [RUN] * n_shards)
+    plan = SimpleNamespace(rule=rule, spans=lambda: [RUN] * n_shards)
     assert Plan.succeeds.fget(plan) is can  # type: ignore[attr-defined]
-    plan.sparse = True
-    assert Plan.succeeds.fget(plan) is False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("begin", [0, 3])

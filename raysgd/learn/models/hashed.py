@@ -57,6 +57,10 @@ class BoundHashed:
         arrays = (Array("hashed", (self.inputs.n_codes, d)), Array("weights", (p, d)), Array("bias", (1,), False))
         return Layout(tuple(array for array in arrays if array.size))
 
+    def touched(self, rows: int) -> int:
+        """Coordinates that so many rows touch at most."""
+        return min(self.layout.n_params, rows * len(self.inputs.categories) * self.width + self.tail)
+
     def initial(self, seed: int) -> Float32:
         """(n_params,) float32. Training makes only what it needs of it, with :meth:`initialize`."""
         params = np.zeros(self.layout.n_params, np.float32)
