@@ -71,6 +71,7 @@ def server(staleness: float, steps: int) -> None:
     from raysgd.learn.parameters import Range
     from raysgd.protocol.consistency import Consistency
     from raysgd.protocol.generation import Generation
+    from raysgd.protocol.kept import Kept
     from raysgd.protocol.stale import shard_class
     from raysgd.runtime.board import Board
     from raysgd.runtime.shared import SharedServer
@@ -78,7 +79,7 @@ def server(staleness: float, steps: int) -> None:
     learner, rule = problem(steps)
     n = learner.layout.n_params
     kind = shard_class(Consistency(staleness))
-    board = Board.create(n, kind.BUFFERS)
+    board = Board.create(n, Kept(kind.BUFFERS))
     zeros = np.zeros(n, np.float32)
     shard = kind(
         0,

@@ -30,12 +30,13 @@ from raysgd.learn.schedules import Lowered, as_schedule
 from raysgd.protocol.compute import LocalSteps
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.rounds import Rounds
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse_shard import SparseShard, make_sparse_shard
-from raysgd.protocol.stale import shard_class, succeeds
+from raysgd.protocol.stale import shard_class
 from raysgd.protocol.tally import Tally
-from raysgd.protocol.update import PlannedRows, Rule
+from raysgd.protocol.update import PlannedRows, Rule, norm_sums
 from raysgd.sections import model_to_dict
 from raysgd.spec import RunSpec
 
@@ -155,13 +156,15 @@ class Plan:
         return 1 if self.sparse else shard_class(self.consistency).BUFFERS
 
     @property
-    def server_layout(self) -> tuple[int, tuple[str, ...], int, int]:
-        """How a server lays out what it keeps: buffers of parameters, slots of the optimizer's state beside them, the
-        virtual workers that have clocks of their own, and the coordinates that a step touches at most if it is few."""
-        n_virtual, touched = self.spec.train.virtual_workers, 0
+    def kept(self) -> Kept:
+        """What a server keeps where its node can see it."""
+        n_virtual, touched, norms = self.spec.train.virtual_workers, 0, 0
         if isinstance(self.learner, BoundHashed):
             touched = self.learner.touched(n_virtual * self.sampler.rows_per_draw)
-        return self.buffers, tuple(self.spec.optimizer.slots), 0 if self.consistency.exact else n_virtual, touched
+        if self.rule.clip_norm is not None and len(self.spans()) > 1:
+            norms = norm_sums(max(map(len, self.spans())), block_width(self.learner.layout.n_params))
+        clocks = 0 if self.consistency.exact else n_virtual
+        return Kept(self.buffers, tuple(self.spec.optimizer.slots), clocks, touched, norms)
 
     def initial(self) -> Generation:
         """Version 0: small random weights from the seed, optimizer state zero."""
@@ -190,11 +193,6 @@ class Plan:
             return [partial(make, generation=begin.cut(span)) for make, span in makers]
         told = zip(makers, tallies, strict=True)
         return [partial(make, generation=begin.cut(span), tally=tally) for (make, span), tally in told]
-
-    @property
-    def succeeds(self) -> bool:
-        """Whether a server's successor can go on from the memory that it left."""
-        return succeeds(self.rule, len(self.spans()))
 
     def successors(self) -> list[Callable[..., ServerShard | SparseShard]]:
         """What makes the state machine of each server shard, but for what it begins at; pickles."""

@@ -43,10 +43,6 @@ class SparseSimulation(Simulation):
         assert isinstance(self.problem.learner, BoundHashed)
         return self.problem.learner
 
-    def succeeds(self) -> bool:
-        """A sparse shard writes in place: its store's record takes the arrays to the newest version, or back."""
-        return True
-
     def successor(self, index: int) -> Any:
         """Its store is where it died, also in the middle of a write."""
         dead = self.shards[index].store

@@ -23,6 +23,7 @@ from raysgd.learn.models import (
 from raysgd.learn.models.base import Model
 from raysgd.learn.parameters import even_split
 from raysgd.learn.transforms import SGD
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.membership import deal
 from raysgd.protocol.tree import cover
 from raysgd.runtime.board import Board
@@ -52,8 +53,8 @@ def test_it_is_what_is_reserved(workers: int, servers: int) -> None:
     """The boards of the servers and the slots of the workers; a page here and there, and the ring of commits, aside."""
     model = MLP(hidden=(512, 512), loss="squared")
     found, span = needed(model, workers, servers), even_split(needed(model).n_params, servers)
-    board = Board.create(max(map(len, span)), 2, ("momentum",))
-    empty = Board.create(1, 2, ("momentum",))
+    board = Board.create(max(map(len, span)), Kept(2, ("momentum",)))
+    empty = Board.create(1, Kept(2, ("momentum",)))
     assert found.server == pytest.approx(board.segment.address.size - empty.segment.address.size, abs=50_000)
     slots = [len(cover(run, 8)) for run in deal(8, workers)]
     made = Slots.create(max(slots), found.n_params, servers)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hostile import STEPS, V, bsp_loss, problem, truth, wrong
 
+from raysgd import simulate_sparse
 from raysgd.errors import DivergedError
 from raysgd.learn.batch import Batch, Float32, Int64
 from raysgd.learn.parameters import Range
@@ -26,8 +27,9 @@ from raysgd.protocol.messages import Pull, Pulled, Push, Verdict
 from raysgd.protocol.replica import Copied, Sealed
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.stale import StaleShard
+from raysgd.protocol.tally import Tally
 from raysgd.protocol.tree import EMPTY, Partial, TreeSum, add, cover
-from raysgd.simulate import Faults, Outcome, servers, simulate, simulation
+from raysgd.simulate import Faults, Outcome, driver, servers, simulate
 
 Patch = pytest.MonkeyPatch
 
@@ -247,13 +249,52 @@ def no_refence_after_a_server_was_replaced(patch: Patch) -> None:
 @bug("clipped", lose=0.3, server_kill=0.1, checkpoint_every=2, kill=0.0)
 def successor_that_does_not_know_its_norm(patch: Patch) -> None:
     """One that sealed a step is succeeded, while another waits for its part of that step's norm."""
-    patch.setattr(simulation, "succeeds", lambda consistency, _rule, _n_shards: consistency.exact)
+    remains = servers.remains
+    patch.setattr(servers, "remains", lambda sim, index: {**remains(sim, index), "last_norms": None})
 
 
-@bug("ssp")
-def stale_shard_succeeded_alone(patch: Patch) -> None:
+@bug("counted")
+def stale_successor_that_does_not_know_its_clocks(patch: Patch) -> None:
     """Its parameters hold pushes of steps that its clocks do not count."""
-    patch.setattr(simulation, "succeeds", lambda _consistency, _rule, _n_shards: True)
+    remains = servers.remains
+    patch.setattr(servers, "remains", lambda sim, index: {"generation": remains(sim, index)["generation"]})
+
+
+@bug("counted", midway=0.2, node_loss=0.05, replicas=False)
+def stale_checkpoint_without_its_clocks(patch: Patch) -> None:
+    """As above, but for all shards, at a roll-back."""
+    midway = driver.midway
+
+    def forgetful(sim: Any) -> None:
+        midway(sim)
+        sim.tallies = [None] * len(sim.shards)
+
+    patch.setattr(driver, "midway", forgetful)
+
+
+@bug("counted", midway=0.2, node_loss=0.05, replicas=False)
+def what_was_carried_over_is_answered_for_by_the_dead(patch: Patch) -> None:
+    """The parts of a checkpoint count under incarnations from before the roll-back."""
+
+    def kept(self: Tally, step: int) -> Tally:
+        return Tally(self.clocks, tuple(r for r in self.rounds if r.step >= step))
+
+    patch.setattr(Tally, "since", kept)
+
+
+@bug("counted", replicas=True, node_loss=0.05)
+def a_stale_replica_applies_what_it_has(patch: Patch) -> None:
+    def again(self: StaleShard, sealed: Any) -> int:
+        self._accept(sealed.push)
+        return self.sequence
+
+    patch.setattr(StaleShard, "follow", again)
+
+
+@bug("sparse", server_kill=0.1)
+def a_sparse_successor_does_not_finish_the_write(patch: Patch) -> None:
+    """Its predecessor died in the middle of it."""
+    patch.setattr(simulate_sparse, "Store", lambda version, arrays, _record: sparse_module.Store(version, arrays))
 
 
 @bug()
@@ -418,7 +459,7 @@ def never_said_again_to_a_replica(patch: Patch) -> None:
     patch.setattr(Copied, "say_again", lambda _self: None)
 
 
-@bug("copied")
+@bug("copied", midway=0.0, replica_kill=0.1, node_loss=0.1)
 def a_copy_without_what_the_driver_was_not_told(patch: Patch) -> None:
     copy = ServerShard.copy
     patch.setattr(ServerShard, "copy", lambda self: replace(copy(self), commits=[]))

@@ -36,9 +36,9 @@ def test_the_schedules_are_hostile() -> None:
     faults = found().faults
     assert set(found().kinds) == set(STEPS)
     assert min(found().kinds.values()) >= 100
-    for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "roll-back"):
+    for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "midway"):
         assert faults[kind] >= 0.2 * SCHEDULES, kind
-    for kind in ("kill_all", "node_loss", "share moved"):
+    for kind in ("kill_all", "node_loss", "promotion", "roll-back", "share moved"):
         assert faults[kind] >= 0.05 * SCHEDULES, kind
     for kind in ("duplicated", "reordered"):
         assert faults[kind] >= 0.05 * found().deliveries, kind
@@ -55,6 +55,7 @@ ALONE = {
     "slow": 0.3,
     "server_kill": 0.2,
     "node_loss": 0.05,
+    "midway": 0.1,
 }
 
 

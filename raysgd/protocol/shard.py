@@ -54,6 +54,8 @@ class ServerShard(Gate[TreeSum]):
         on_write: Callable[[int], None] | None = None,
         previous: Generation | None = None,
         commits: Sequence[Commit] = (),
+        last_norms: tuple[int, Float64] | None = None,
+        on_norms: Callable[[int, Float64], None] | None = None,
     ) -> None:
         """Begin at ``generation``; the successor of a shard that died also at the one before, where that was whole.
 
@@ -62,6 +64,8 @@ class ServerShard(Gate[TreeSum]):
         on_write: called with a sequence number before its buffer is written to
         n_shards, width: of the whole model, for the gradient's norm
         commits: what the one that died had committed and not told
+        last_norms: the step before ``generation`` and this shard's sums of squares of it: another may wait for them
+        on_norms: called with these before a step is written
         """
         super().__init__(index, n_virtual, TreeSum(n_virtual), generation.step, consistency)
         self.commits += commits
@@ -77,7 +81,8 @@ class ServerShard(Gate[TreeSum]):
         self._arranged: tuple[tuple[Range, ...], tuple[Range, ...], list[int], Order] = ((), (), [], ())
         #: sums of squares by shard, of the step at hand; and (step, this shard's own) of the step before
         self._norms: dict[int, Float64] = {}
-        self._last_norms: tuple[int, Float64] | None = None
+        self._last_norms = last_norms
+        self._on_norms = on_norms
 
     def _allocate(
         self,
@@ -244,6 +249,8 @@ class ServerShard(Gate[TreeSum]):
                 return
             factor = clip_factor([self._norms[i] for i in range(self.n_shards)], self.rule.clip_norm)
             self._last_norms = self.version, self._norms[self.index]
+            if self._on_norms is not None:
+                self._on_norms(*self._last_norms)
             self._norms = {}
         self._apply(factor)
 

@@ -26,21 +26,11 @@ from raysgd.protocol.messages import Halted, NotYet, Pull, Pulled, Push, Verdict
 from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
 from raysgd.protocol.shard import KEPT_COMMITS, ServerShard
 from raysgd.protocol.tally import CARRIED, Part, Tally
-from raysgd.protocol.update import Rule
 
 
 def shard_class(consistency: Consistency) -> type[ServerShard]:
     """The state machine that serves this consistency."""
     return ServerShard if consistency.exact else StaleShard
-
-
-def succeeds(rule: Rule, n_shards: int) -> bool:
-    """Whether the memory of a dense shard that died is enough for a successor; else all shards go back to a checkpoint.
-
-    Not where shards limit the gradient's norm together: one that sealed a step is the only one that knows its part of
-    that norm, for which another may still wait.
-    """
-    return rule.clip_norm is None or n_shards == 1
 
 
 class _Round:

@@ -198,6 +198,11 @@ class Update:
         return terms[-1]
 
 
+def norm_sums(size: int, width: int) -> int:
+    """How many sums of squares :meth:`Update.square_sums` gives for a shard of ``size`` coordinates, at most."""
+    return size // width + size // max(BLOCK, width) + 2
+
+
 def clip_factor(square_sums: Sequence[Float64], clip_norm: float) -> np.float32 | None:
     """What scales the gradient so that its norm is at most ``clip_norm``; None where it is.
 

@@ -14,23 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from raysgd.errors import RunError
-from raysgd.learn.batch import Float32
+from raysgd.learn.batch import Float32, Float64
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.replica import begin_with
 from raysgd.protocol.sparse_shard import Record
 from raysgd.protocol.tally import Tally
 from raysgd.runtime.pushes import Pushes
 from raysgd.runtime.segment import ASLEEP, Address, Segment
 from raysgd.runtime.sparse_record import SparseRecord
-
-#: of a board: buffers of parameters, slots of the optimizer's state beside them, and see :class:`BoardAddress`
-Layout: TypeAlias = tuple[int, tuple[str, ...], int, int]
 
 #: words of a board, behind the one that says whether the server sleeps
 NEWEST, SEQUENCE, WRITING, FROZEN, DIVERGED = range(ASLEEP + 1, ASLEEP + 6)
@@ -46,98 +44,75 @@ def aligned(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BoardAddress:
-    """What a worker needs to follow one server shard, and a successor to take over from it.
-
-    slots: names of the arrays of the optimizer's state that lie there, too
-    n_virtual: virtual workers whose clocks are told of each buffer; 0: a version tells them
-    touched: coordinates that a step can touch, where one buffer is written in place; 0: a step writes all of the next
-    """
+    """What a worker needs to follow one server shard of ``size`` coordinates, and a successor to take over from it."""
 
     segment: Address
     bell: bytes
     size: int
-    buffers: int = 2
-    slots: tuple[str, ...] = ()
-    n_virtual: int = 0
-    touched: int = 0
-
-    @property
-    def layout(self) -> Layout:
-        """What another board takes to be like this one."""
-        return self.buffers, self.slots, self.n_virtual, self.touched
+    kept: Kept = field(default_factory=Kept)
 
 
 class Board:
     """A server shard's generations where its node can see them; what of it outlives the server's process.
 
     params: one (size,) float32 a buffer;  state: each slot, the same
-    pushes: what is in each buffer, where a version does not tell;  sealed: of the newest step, where one is written in
-    place
+    pushes: what is in each buffer, where a version does not tell
+    sealed: the record of the newest step, where one buffer is written in place
     """
 
-    def __init__(
-        self,
-        segment: Segment,
-        size: int,
-        buffers: int,
-        slots: tuple[str, ...] = (),
-        n_virtual: int = 0,
-        touched: int = 0,
-    ) -> None:
-        self.segment, self.slots, self.n_virtual, self.touched = segment, slots, n_virtual, touched
+    def __init__(self, segment: Segment, size: int, kept: Kept) -> None:
+        self.segment, self.size, self.kept = segment, size, kept
         self.words = segment.words
         self.records = segment.doubles(RECORDS * RECORD)
-        first, stride = self._records_bytes(), aligned(size)
-        arrays = [segment.floats(first + i * stride, size) for i in range(buffers * (1 + len(slots)))]
+        buffers, slots = kept.buffers, kept.slots
+        at, stride = self._records_bytes(), aligned(size)
+        arrays = [segment.floats(at + i * stride, size) for i in range(buffers * (1 + len(slots)))]
         self.params = tuple(arrays[:buffers])
         self.state = tuple(
             {slot: arrays[(1 + k) * buffers + i] for k, slot in enumerate(slots)} for i in range(buffers)
         )
+        at += len(arrays) * stride
         self.pushes: Pushes | None = None
-        if n_virtual:
-            memory = segment.floats(first + len(arrays) * stride, 2 * Pushes.size(buffers, n_virtual))
-            self.pushes = Pushes(memory.view(np.int64), buffers, n_virtual)
         self.sealed: SparseRecord | None = None
-        if touched:
-            memory = segment.floats(first + len(arrays) * stride, SparseRecord.size(touched, slots))
-            self.sealed = SparseRecord(memory, touched, slots)
+        pushes, record, norms = self._behind(size, kept)
+        if kept.n_virtual:
+            self.pushes = Pushes(segment.floats(at, pushes).view(np.int64), buffers, kept.n_virtual)
+        if kept.touched:
+            self.sealed = SparseRecord(segment.floats(at + aligned(pushes), record), min(size, kept.touched), slots)
+        #: of the newest two steps: the step, how many sums of squares, these
+        self._norms = segment.floats(at + aligned(pushes) + aligned(record), norms).view(np.float64).reshape(2, -1)
+
+    @staticmethod
+    def _behind(size: int, kept: Kept) -> tuple[int, int, int]:
+        """float32 that lie behind the generations: of the pushes, of the record, of the norms."""
+        pushes = 2 * Pushes.size(kept.buffers, kept.n_virtual) if kept.n_virtual else 0
+        record = SparseRecord.size(min(size, kept.touched), kept.slots) if kept.touched else 0
+        return pushes, record, 2 * 2 * (2 + kept.norms)
 
     @staticmethod
     def _records_bytes() -> int:
         return aligned(2 * RECORDS * RECORD)
 
     @classmethod
-    def create(
-        cls, size: int, buffers: int = 2, slots: tuple[str, ...] = (), n_virtual: int = 0, touched: int = 0
-    ) -> Board:
-        touched = min(size, touched)
-        arrays = buffers * (1 + len(slots)) * aligned(size)
-        pushes = aligned(2 * Pushes.size(buffers, n_virtual)) if n_virtual else 0
-        record = aligned(SparseRecord.size(touched, slots)) if touched else 0
-        segment = Segment.create(cls._records_bytes() + arrays + pushes + record)
-        board = cls(segment, size, buffers, slots, n_virtual, touched)
+    def create(cls, size: int, kept: Kept | None = None) -> Board:
+        kept = kept or Kept()
+        arrays = kept.buffers * (1 + len(kept.slots)) * aligned(size)
+        behind = sum(aligned(count) for count in cls._behind(size, kept))
+        board = cls(Segment.create(cls._records_bytes() + arrays + behind), size, kept)
         if board.pushes is not None:
             board.pushes.clear()
         if board.sealed is not None:
             board.sealed.clear()
+        board._norms[:, 0] = -1.0
         return board
 
     @classmethod
     def attach(cls, address: BoardAddress) -> Board:
-        segment = Segment.attach(address.segment)
-        return cls(segment, address.size, address.buffers, address.slots, address.n_virtual, address.touched)
+        return cls(Segment.attach(address.segment), address.size, address.kept)
 
     def address(self, bell: bytes) -> BoardAddress:
         """What others need. bell: of the server"""
-        return BoardAddress(
-            self.segment.address,
-            bell,
-            len(self.params[0]),
-            len(self.params),
-            self.slots,
-            self.n_virtual,
-            self.touched,
-        )
+        return BoardAddress(self.segment.address, bell, self.size, self.kept)
 
     def announce(self, sequence: int) -> None:
         """The buffer of ``sequence`` is about to be written to."""
@@ -174,6 +149,14 @@ class Board:
             self.records[at] = commit.step
         return commits[-1].step + 1 if commits else since
 
+    def norms(self, step: int, square_sums: Float64) -> None:
+        """Note the shard's part of a step's norm, before the step is sealed: other shards may still wait for it."""
+        entry = self._norms[step % 2]
+        entry[0] = -1.0
+        entry[1] = len(square_sums)
+        entry[2 : 2 + len(square_sums)] = square_sums
+        entry[0] = step
+
     def survives(self, since: int) -> Remains:
         """What a successor finds after the death of the server: call it when nobody writes any more.
 
@@ -192,12 +175,14 @@ class Board:
         if words[WRITING] <= sequence:  # else the buffer of the version before was being written over
             before = sequence - 1
             previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
-        return Remains(newest, previous, self._recorded(since, version))
+        entry = self._norms[(version - 1) % 2]
+        norms = (version - 1, entry[2 : 2 + int(entry[1])].copy()) if entry[0] == version - 1 >= 0 else None
+        return Remains(newest, previous, self._recorded(since, version), norms=norms)
 
     def _survives_in_place(self, sealed: SparseRecord, since: int) -> Remains:
         """Of arrays that are written in place: as they are, and the record that takes them to the newest version."""
         version, record = self.words[NEWEST], sealed.survives()
-        arrays = Generation(version, self.params[0], self.state[0] if self.slots else {})
+        arrays = Generation(version, self.params[0], self.state[0])
         commits = self._recorded(since, version)
         if record is not None and record.version == version + 1:
             commits.append(record.commit)
@@ -220,7 +205,8 @@ class Remains:
     """What is left of a server in its board: views.
 
     commits: the newest, without who took part in them;  tally: what is in the newest generation, where staleness is
-    allowed;  record: what takes it to the newest version, where it is written in place
+    allowed;  record: what takes it to the newest version, where it is written ``in_place``
+    norms: the step that the newest generation is of, and the shard's part of its gradient's norm
     """
 
     newest: Generation
@@ -229,9 +215,11 @@ class Remains:
     tally: Tally | None = None
     record: Record | None = None
     in_place: bool = False
+    norms: tuple[int, Float64] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """What a shard takes that begins with it."""
         if self.in_place:
             return {"generation": self.newest, "record": self.record, "commits": self.commits}
-        return begin_with(self.newest, self.previous, self.commits, self.tally)
+        found = begin_with(self.newest, self.previous, self.commits, self.tally)
+        return found if self.norms is None else {**found, "last_norms": self.norms}

@@ -109,7 +109,7 @@ class Crew:
 
     def begin(self, shards: Sequence[Callable[..., Any]]) -> None:
         """Start the servers and give every worker that is there its virtual workers."""
-        self.gang.begin(shards, self.plan.spans(), self.plan.server_layout)
+        self.gang.begin(shards, self.plan.spans(), self.plan.kept)
         self.replicas.ask()
         self.replicas.come(timeout=REPLICA_S)
         members = list(self.gang.workers.items())
@@ -204,7 +204,7 @@ class Crew:
             self.say(f"worker {number} joined at step {self.step():,}: {len(self.gang.workers)} workers")
         self.replicas.ask()
         self._due = self.replicas.come() or self._due
-        if self.plan.succeeds and time.monotonic() - self._began > SPARE_AFTER_S:
+        if time.monotonic() - self._began > SPARE_AFTER_S:
             self.gang.ask_spares()
             self.gang.look_for_spares()
         told = {number: worker.pulse.told for number, worker in self.gang.workers.items()}
@@ -329,7 +329,7 @@ class Crew:
         self._stop_runs()
         self._due = True
         make, span, since = self.plan.successors()[index], self.plan.spans()[index], self.plan.rounds.at(self.step())
-        if self.plan.succeeds and self.gang.succeed(index, make, span, since):
+        if self.gang.succeed(index, make, span, since):
             self.replicas.rejoin(index, same=self.plan.consistency.exact)
             self.say(f"server {index} is lost at step {self.step():,}; its spare goes on from its memory")
             return
@@ -424,7 +424,7 @@ class Crew:
         servers, spans = gang.server_actors, plan.spans()
         gang.call([s.regroup.remote() for s in servers], "fencing")
         gang.call([s.fence.remote(a.run, a.incarnations[0]) for s in servers for a in assignments], "fencing")
-        for index in self.replicas.follow(plan.successors(), spans, plan.server_layout):
+        for index in self.replicas.follow(plan.successors(), spans, plan.kept):
             self.say(f"server {index} has a replica on another node from step {self.step():,} on")
         clocks = gang.call([s.held_clocks.remote() for s in servers], "reading the clocks")
         self.shares = {a.worker: Share.at(a, self.n_virtual, clocks) for a in assignments}

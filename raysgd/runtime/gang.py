@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from raysgd.errors import InputError, RunError
 from raysgd.learn.parameters import Range
-from raysgd.runtime.board import BoardAddress, Layout
+from raysgd.protocol.kept import Kept
+from raysgd.runtime.board import BoardAddress
 from raysgd.runtime.calls import GONE, ActorLostError, call, lost, result
 from raysgd.runtime.place import here, relay_hosts
 from raysgd.runtime.process import Process
@@ -179,10 +180,10 @@ class Gang:
 
     # -- the servers
 
-    def begin(self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: Layout) -> None:
+    def begin(self, shards: Sequence[Callable[..., Any]], spans: Sequence[Range], kept: Kept) -> None:
         """Give each server the state machine of its shard, memory for it, and its peers."""
         begun = [
-            s.actor.begin.remote(make, span, *layout) for s, make, span in zip(self.servers, shards, spans, strict=True)
+            s.actor.begin.remote(make, span, kept) for s, make, span in zip(self.servers, shards, spans, strict=True)
         ]
         self.boards = self.call(begun, "starting the servers")
         self.meet()

@@ -14,7 +14,7 @@ import ray
 
 from raysgd.errors import RunError
 from raysgd.learn.parameters import Range
-from raysgd.runtime.board import Layout
+from raysgd.protocol.kept import Kept
 from raysgd.runtime.calls import ActorLostError, call, first_line
 from raysgd.runtime.gang import Gang, Member
 
@@ -52,7 +52,7 @@ class Replicas:
             self._ready[index] = Member(asked.actor, process, site)
         return bool(self._ready)
 
-    def follow(self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], layout: Layout) -> list[int]:
+    def follow(self, makers: Sequence[Callable[..., Any]], spans: Sequence[Range], kept: Kept) -> list[int]:
         """Give those that have come a copy of their shard, while nobody trains; the shards that have a replica now.
 
         Raises ActorLostError where a primary is dead.
@@ -61,7 +61,7 @@ class Replicas:
         for index, replica in list(self._ready.items()):
             primary, what = self.gang.servers[index].actor, f"copying server {index}"
             copy = primary.copy.remote()
-            following = replica.actor.follow_from.remote(copy, makers[index], spans[index], *layout)
+            following = replica.actor.follow_from.remote(copy, makers[index], spans[index], kept)
             try:
                 call([following], what, timeout=COPY_S)
                 [sequence] = call([replica.actor.follow.remote(None)], what)

@@ -20,6 +20,7 @@ from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.messages import Norms, NotYet, Pull, Push, Reply, Request
 from raysgd.protocol.replica import Applied, Copy, Sealed
 from raysgd.protocol.shard import ServerShard
@@ -63,15 +64,10 @@ class Server:
         self.replica: Any = None
         self.follows = False
 
-    async def begin(
-        self,
-        make: Callable[..., ServerShard | SparseShard],
-        span: Range,
-        *layout: Any,
-    ) -> Place:
+    async def begin(self, make: Callable[..., ServerShard | SparseShard], span: Range, kept: Kept) -> Place:
         """Build the state machine, here because arrays that come through Ray are read-only.
 
-        layout: of the board, behind the size
+        kept: where the node can see it
 
         Returns the node's name, and where workers of the same node find the parameters.
         """
@@ -79,13 +75,15 @@ class Server:
         if here() is None:
             self.shard = make()
             return None, None
-        board = Board.create(len(span), *layout)
-        kept: dict[str, Any] = {"state": board.state} if board.slots else {}
+        board = Board.create(len(span), kept)
+        given: dict[str, Any] = {"state": board.state} if kept.slots else {}
         if board.pushes is not None:
-            kept["on_seal"] = board.pushes.seal
+            given["on_seal"] = board.pushes.seal
         if board.sealed is not None:
-            kept["on_seal"] = board.sealed.seal
-        self.shard = make(buffers=board.params, on_write=board.announce, **kept)
+            given["on_seal"] = board.sealed.seal
+        if kept.norms:
+            given["on_norms"] = board.norms
+        self.shard = make(buffers=board.params, on_write=board.announce, **given)
         if board.pushes is not None:
             board.pushes.begin(self.shard.sequence, self.shard.tally())
         serve = SparseSharedServer if isinstance(self.shard, SparseShard) else SharedServer
@@ -103,7 +101,7 @@ class Server:
             raise RunError("the memory of the server that died is not held here")
         board = self.held.pop(address)
         make = partial(make, **board.survives(since).arguments())
-        return await self.begin(make, span, *address.layout)
+        return await self.begin(make, span, address.kept)
 
     # -- replicas
 
@@ -115,10 +113,10 @@ class Server:
             self._publish()
         return copy
 
-    async def follow_from(self, copy: Copy, make: Callable[..., ServerShard], span: Range, *layout: Any) -> Place:
-        """Become the replica of the server whose copy this is. layout: as of :meth:`begin`"""
+    async def follow_from(self, copy: Copy, make: Callable[..., ServerShard], span: Range, kept: Kept) -> Place:
+        """Become the replica of the server whose copy this is."""
         self.follows = True
-        return await self.begin(partial(make, **copy.arguments()), span, *layout)
+        return await self.begin(partial(make, **copy.arguments()), span, kept)
 
     async def followed_by(self, replica: Any, sequence: int) -> None:
         """From now on a step is told to others when this replica, which counts ``sequence``, has it, too."""

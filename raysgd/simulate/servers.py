@@ -65,8 +65,14 @@ def remains(sim: Simulation, index: int) -> dict[str, Any]:
         previous = dead.snapshot(dead.told - 1)
     except KeyError:
         previous = None
-    commits = untold(sim, index, dead.told)
-    return {"generation": dead.snapshot(dead.told), "previous": previous, "commits": commits}
+    told = dead.told
+    norms = sim.norms[index].get(told - 1)
+    return {
+        "generation": dead.snapshot(told),
+        "previous": previous,
+        "commits": untold(sim, index, told),
+        "last_norms": None if norms is None else (told - 1, norms),
+    }
 
 
 def untold(sim: Simulation, index: int, version: int) -> list[Commit]:
@@ -119,7 +125,7 @@ def recover(sim: Simulation, index: int) -> None:
     if index not in sim.down:
         return  # all returned to a checkpoint meanwhile
     driver.relieve(sim)
-    if not sim.down[index] and sim.succeeds():
+    if not sim.down[index]:
         succeed(sim, index)
     elif not replicas.promote(sim, index):
         roll_back(sim)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raysgd.errors import DivergedError
-from raysgd.learn.batch import Float32
+from raysgd.learn.batch import Float32, Float64
 from raysgd.learn.parameters import block_width, even_split
 from raysgd.protocol.client import Client, Compute, Done
 from raysgd.protocol.compute import subtree_sums
@@ -22,7 +22,7 @@ from raysgd.protocol.ledger import check
 from raysgd.protocol.membership import Assignment, Event, Joined, Membership, Share
 from raysgd.protocol.messages import Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.sparse import SparsePull, SparsePush
-from raysgd.protocol.stale import shard_class, succeeds
+from raysgd.protocol.stale import shard_class
 from raysgd.protocol.tally import Tally
 from raysgd.protocol.tree import Partial
 from raysgd.simulate import driver, replicas, servers
@@ -93,6 +93,8 @@ class Simulation:
         self.outcome = Outcome(whole)
         self.network = Network(faults, self.outcome, self.random, self.LOCAL)
         self.spans = even_split(problem.learner.layout.n_params, n_servers)
+        #: by shard and step: its sums of squares, as they lie in its memory
+        self.norms: list[dict[int, Float64]] = [{} for _ in self.spans]
         self.shards = [self.make_shard(i, whole.cut(span)) for i, span in enumerate(self.spans)]
         #: the simulation's own knowledge of who may push, per shard: the oracle of the fence
         self.truth = [[0] * problem.n_virtual for _ in self.shards]
@@ -175,10 +177,6 @@ class Simulation:
 
     # -- what is dense here, and sparse in simulate_sparse.py
 
-    def succeeds(self) -> bool:
-        """Whether what a dead shard's memory holds is enough to go on from."""
-        return succeeds(self.problem.rule, len(self.spans))
-
     def successor(self, index: int) -> Any:
         """The shard that goes on from a dead one's memory."""
         return self.make_shard(index, **servers.remains(self, index))
@@ -195,6 +193,7 @@ class Simulation:
             n_shards=len(self.spans),
             width=block_width(layout.n_params),
             consistency=problem.consistency,
+            on_norms=self.norms[index].__setitem__,
             **more,
         )
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from raysgd.learn.parameters import Range
 from raysgd.learn.transforms import SGD
-from raysgd.plan import Plan
 from raysgd.protocol.generation import Generation, join
 from raysgd.protocol.messages import Gone, Halted, NotYet, Pull, Pulled, Push, Verdict
 from raysgd.protocol.shard import ServerShard
-from raysgd.protocol.stale import succeeds
 from raysgd.protocol.tree import EMPTY, Partial
 from raysgd.protocol.update import PlannedRows, Rule
 
@@ -194,16 +189,6 @@ def test_a_successor_holds_both_generations_and_goes_on_to_the_same_bytes() -> N
     assert new.snapshot(4).digest() == s.snapshot(4).digest()
     assert new.snapshot(3).digest() == s.snapshot(3).digest()
     assert [c.step for c in new.drain(0)] == [2, 3]
-
-
-@pytest.mark.parametrize(
-    ("clip_norm", "n_shards", "can"), [(None, 1, True), (None, 3, True), (0.5, 1, True), (0.5, 2, False)]
-)
-def test_when_a_successor_can_go_on(clip_norm: float | None, n_shards: int, can: bool) -> None:
-    rule = replace(shard().rule, clip_norm=clip_norm)
-    assert succeeds(rule, n_shards) is can
-    plan = SimpleNamespace(rule=rule, spans=lambda: [RUN] * n_shards)
-    assert Plan.succeeds.fget(plan) is can  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("begin", [0, 3])

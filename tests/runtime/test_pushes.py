@@ -15,6 +15,7 @@ from raysgd.learn.parameters import Range
 from raysgd.learn.transforms import SGD
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.generation import Generation
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.messages import Push, Verdict
 from raysgd.protocol.stale import StaleShard
 from raysgd.protocol.tally import CARRIED
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(site() is None, reason="memory is shared on x86-
 
 V = 4
 SIZE = 5
+KEPT = Kept(StaleShard.BUFFERS, ("momentum",), V)
 RULE = Rule(SGD(momentum=0.9), lambda step: 0.5 / (1 + step), PlannedRows(8, 800, 100), 0.01)
 
 
@@ -56,7 +58,7 @@ def serve(board: Board, **begin: Any) -> StaleShard:
 
 
 def fresh() -> tuple[Board, StaleShard]:
-    board = Board.create(SIZE, StaleShard.BUFFERS, ("momentum",), V)
+    board = Board.create(SIZE, KEPT)
     start = Generation(0, np.ones(SIZE, np.float32), {"momentum": np.zeros(SIZE, np.float32)})
     return board, serve(board, generation=start)
 
@@ -137,7 +139,7 @@ def test_a_successor_finds_what_counts(seed: int, where: str, monkeypatch: pytes
             assert shard.clocks.steps.sum() > sum(want[1])
         remains = board.survives(told)
         assert remains.tally is not None
-        old, board = board, Board.create(SIZE, StaleShard.BUFFERS, ("momentum",), V)
+        old, board = board, Board.create(SIZE, KEPT)
         shard = serve(board, **remains.arguments())
         old.segment.close()
         found = state(shard, told)
@@ -161,7 +163,7 @@ def test_who_pushed_survives() -> None:
     assert tally is not None
     [done] = tally.rounds
     assert done.parts == ((Range(0, 2), (CARRIED, CARRIED), 2), (Range(2, 4), (1, 1), 2))
-    successor = serve(Board.create(SIZE, StaleShard.BUFFERS, ("momentum",), V), **board.survives(0).arguments())
+    successor = serve(Board.create(SIZE, KEPT), **board.survives(0).arguments())
     [told] = successor.drain(0)
     assert told.parts[0] == (Range(0, 2), (1, 1), 2)
     board.segment.close()

@@ -24,6 +24,7 @@ from raysgd.learn.transforms import SGD
 from raysgd.protocol.client import Client
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.generation import Generation, join
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.membership import Assignment, Membership, deal
 from raysgd.protocol.messages import Gone, Halted, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.rounds import Rounds
@@ -65,7 +66,7 @@ def serving(p: Problem, spans: tuple[Range, ...], start: Generation) -> Iterator
     with ExitStack() as stack:
         for i, span in enumerate(spans):
             kind = shard_class(p.consistency)
-            board = Board.create(len(span), kind.BUFFERS)
+            board = Board.create(len(span), Kept(kind.BUFFERS))
             stack.callback(board.segment.close)
             shard = kind(
                 i,
@@ -252,8 +253,9 @@ def test_a_push_that_is_said_again_counts_once() -> None:
 #: publishes versions as fast as it goes until its standard input ends; every float of version t is t
 WRITER = """
 import os, select, sys
+from raysgd.protocol.kept import Kept
 from raysgd.runtime.board import NEWEST, SEQUENCE, Board
-board, version = Board.create(100_000, 3), 0
+board, version = Board.create(100_000, Kept(3)), 0
 address = board.segment.address
 print(address.pid, address.fd, address.size, address.token.hex(), flush=True)
 while not select.select([0], [], [], 0)[0]:
@@ -271,7 +273,7 @@ def test_a_reader_never_sees_a_torn_version() -> None:
         assert writer.stdout is not None
         pid, fd, size, token = writer.stdout.readline().split()
         segment = Address(int(pid), int(fd), int(size), bytes.fromhex(token.decode()))
-        board = Board.attach(BoardAddress(segment, b"", 100_000, 3))
+        board = Board.attach(BoardAddress(segment, b"", 100_000, Kept(3)))
         out = np.empty(100_000, np.float32)
         whole, refused = 0, 0
         while whole < 200 or refused < 20:

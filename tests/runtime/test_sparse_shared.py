@@ -16,6 +16,7 @@ from raysgd.learn.models.hashed import BoundHashed, FactorizationMachine, Hashed
 from raysgd.learn.parameters import Range, even_split
 from raysgd.learn.transforms import AdaGrad
 from raysgd.protocol.generation import Generation, join
+from raysgd.protocol.kept import Kept
 from raysgd.protocol.membership import Assignment, Membership, deal
 from raysgd.protocol.messages import Halted, PushReply, Verdict
 from raysgd.protocol.sparse import Sparse, SparsePartial, SparsePull, SparsePulled, SparsePush, SparseReply
@@ -58,7 +59,7 @@ def serving(learner: BoundHashed, spans: tuple[Range, ...]) -> Iterator[list[Spa
     servers = []
     with ExitStack() as stack:
         for i, span in enumerate(spans):
-            board = Board.create(len(span), 1)
+            board = Board.create(len(span), Kept(1))
             stack.callback(board.segment.close)
             rule = problem(learner).rule
             announce = partial(Board.announce, board)
