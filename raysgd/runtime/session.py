@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
@@ -25,6 +27,9 @@ from raysgd.runtime.process import Process
 from raysgd.runtime.token import refuse_strangers
 
 __all__ = ["SINGLE_THREADED", "Session", "session"]
+
+#: seconds that a cluster's host may take to answer a connection; Ray alone would try for many minutes
+CONNECT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +131,33 @@ def _own(processes: Iterable[Process]) -> dict[str, Process]:
 
 def _connect(address: str) -> None:
     _one_error_only()
+    refuse_absent(address)
     refuse_strangers(address)
     _deaths_to_stderr()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
+
+
+def refuse_absent(address: str) -> None:
+    """Raises RunError where nobody takes a connection at the address's host and port. Nothing is known where "auto"
+    finds no cluster: that is found out by joining.
+    """
+    where = address.rpartition("://")[2] if "://" in address else services.canonicalize_bootstrap_address(address)
+    if where is None:
+        return
+    host, _, port = where.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        why = f"no answer within {CONNECT_S:g} s" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        found = "" if where == address or "://" in address else f" (that is {where})"
+        raise RunError(
+            f"no Ray cluster at {address}{found}: a connection there was tried: {why}. Is Ray running (`ray status` on "
+            "its head), are host and port right (--address or RAY_ADDRESS), does the network let this machine through? "
+            "Without an address a local Ray is started"
+        ) from error
 
 
 def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
