@@ -11,7 +11,7 @@ from typing import Any
 
 from raysgd.cost import FLOAT, Job, memory, predict
 from raysgd.data.encode import Encoder
-from raysgd.data.moments import merge, shard_statistics
+from raysgd.data.moments import merge, refuse, shard_statistics
 from raysgd.data.sampler import Sampler
 from raysgd.errors import InputError
 from raysgd.learn.models.base import ValueAndGrad
@@ -30,7 +30,8 @@ def outlook(spec: RunSpec, tables: Tables, plan: Plan | None = None) -> dict[str
 
     plan: of a run that continues
 
-    Raises InputError where the row groups that are read cannot be used, and the whole table has no others.
+    Raises InputError where values in the row groups that are read cannot be used, as missing ones where they are
+    refused; and with what only all rows together show, where the table has no others.
     """
     train, scaling = spec.train, spec.scaling
     sampler = plan.sampler if plan is not None else _sampler(spec, tables)
@@ -63,8 +64,13 @@ def _learner(spec: RunSpec, tables: Tables) -> tuple[ValueAndGrad | None, bool, 
     sampled = sorted({i * count // SAMPLED for i in range(SAMPLED)})
     whole = len(sampled) == count
     bits = hash_bits(spec)
+    found = [shard_statistics(table, index, vocabularies=not bits) for index in sampled]
     try:
-        found = [shard_statistics(table, index, vocabularies=not bits) for index in sampled]
+        refuse(found)
+    except InputError as error:
+        rest = f"only {len(sampled)} of {count} row groups were read: others may have more"
+        raise InputError([*error.problems, *([] if whole else [rest])]) from None
+    try:
         statistics = merge([replace(one, index=i) for i, one in enumerate(found)])
         encoder = Encoder.fit(statistics, table.schema, spec.model.target_kind, spec.data.nulls, bits)
         learner = spec.model.bind(encoder.inputs, encoder.target)

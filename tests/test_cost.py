@@ -250,3 +250,17 @@ def test_a_sample_that_shows_one_class_only_is_no_fault(place: Path, capsys: pyt
     facts = dry(capsys, "logistic_regression")
     assert facts["parameters"] is None
     assert "4 of 10 row groups do not show the parameters" in facts["note"]
+
+
+def test_what_a_dry_run_sees_that_training_refuses_it_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing values in row groups that it reads: one sentence a column, and that it has not read all."""
+    table = pq.read_table(place / "train" / "a.parquet")
+    gaps = pa.array([None if i % 10 == 0 else float(i) for i in range(1_000)])
+    pq.write_table(table.set_column(0, "x", gaps), place / "train" / "a.parquet", row_group_size=100)
+    Path("run.toml").write_text(TOML.format(model="logistic_regression"))
+    assert cli.main(["train", "run.toml", "--dry-run", "--json"]) == cli.BAD_INPUT
+    missing, rest = json.loads(capsys.readouterr().out)["error"]
+    assert missing.startswith("column 'x' has 40 missing values (null or NaN) in 4 row groups, first in ")
+    assert missing.endswith('row group 0; set nulls = "impute" or "drop", or leave the column out')
+    assert rest == "only 4 of 10 row groups were read: others may have more"
+    assert dry(capsys, "logistic_regression", "--set", "data.nulls=impute")["parameters"] > 3

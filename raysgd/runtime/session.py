@@ -63,6 +63,11 @@ class Session:
             raise RunError(f"{died}; the same command starts another one and continues")
 
 
+def cores() -> int:
+    """The cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def will_start(address: str | None) -> bool:
     """Whether :func:`session` will start a cluster of its own. Raises InputError where the address is none."""
     return not ray.is_initialized() and _address(address) == "local"
@@ -76,7 +81,9 @@ def _address(given: str | None) -> str:
 
 
 @contextmanager
-def session(cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
+def session(
+    cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None, room: str = ""
+) -> Iterator[Session]:
     """A connected Ray for the duration of the block.
 
     An initialised Ray is used as it is; else ``address``, else ``RAY_ADDRESS``; else a local cluster is started
@@ -84,6 +91,7 @@ def session(cpus: float, address: str | None = None, resources: Mapping[str, flo
     looked at here.
 
     resources: others than CPUs that a cluster of our own is to have, by name
+    room: what else to say of a cluster of our own
     """
     if ray.is_initialized():
         yield Session(started=False)
@@ -97,7 +105,7 @@ def session(cpus: float, address: str | None = None, resources: Mapping[str, flo
             ray.shutdown()
         return
     before = _below()
-    notes = _start(cpus, resources or {})
+    notes = _start(cpus, resources or {}, room)
     rest = [Process.of(pid) for pid in _below() - before]
     with guarded():
         cluster = Session(started=True, notes=notes, own=_own(rest))
@@ -160,13 +168,12 @@ def refuse_absent(address: str) -> None:
         ) from error
 
 
-def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
+def _start(cpus: float, resources: Mapping[str, float], room: str) -> tuple[str, ...]:
     asked = max(1, math.ceil(cpus))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    notes = [f"started a local Ray cluster with {asked} logical CPUs"]
-    if asked > cores:
+    notes = [f"started a local Ray cluster with {asked} logical CPUs{room}"]
+    if asked > cores():
         notes.append(
-            f"warning: the run asks for {asked} CPUs and this machine has {cores} cores: "
+            f"warning: the run asks for {asked} CPUs and this machine has {cores()} cores: "
             "the answer is the same, but the workers share the cores"
         )
     _private_token()

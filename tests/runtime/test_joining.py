@@ -5,15 +5,20 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
+import raysgd
 from raysgd import cli
 from raysgd.errors import RunError
 from raysgd.runtime import session as sessions
+from raysgd.runtime import trainer as trainers
 from raysgd.runtime.session import refuse_absent, session
 from raysgd.runtime.token import refuse_strangers
 
@@ -90,3 +95,29 @@ def test_up_check_says_so(closed: str, tmp_path: Any, capsys: pytest.CaptureFixt
     code = cli.main(["up-check", "--address", closed, "--storage-path", str(tmp_path / "runs")])
     assert code == cli.FAILED
     assert f"raysgd: no Ray cluster at {closed}" in capsys.readouterr().err
+
+
+def test_a_run_starts_a_cluster_with_room_to_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many workers as four cores bear; the rest of the range is said to be out of reach."""
+    asked: dict[str, Any] = {}
+
+    def init(_: str, **options: Any) -> None:
+        asked.update(options)
+        raise RunError("enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for module in (sessions, trainers):
+        monkeypatch.setattr(module, "cores", lambda: 4)
+    pq.write_table(pa.table({"x": [0.0, 1.0] * 8, "late": [True, False] * 8}), tmp_path / "a.parquet")
+    trainer = raysgd.Trainer(
+        model=raysgd.LogisticRegression(),
+        data=raysgd.ArrowDataset(str(tmp_path / "a.parquet"), label="late"),
+        batch_size=8,
+        scaling_config=raysgd.ScalingConfig(num_workers=(1, 8)),
+        run_config=raysgd.RunConfig(storage_path=str(tmp_path)),
+    )
+    with pytest.raises(RunError, match="enough"):
+        trainer.fit()
+    assert asked["num_cpus"] == 4  # three workers, and half a CPU for the server
+    assert trainer.spec.scaling.local_room(4) == ", room for 3 of at most 8 workers"
