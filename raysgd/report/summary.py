@@ -78,7 +78,7 @@ def prepared(facts: Facts) -> str:
         "files": f"{len(files):,}, {size:,} bytes, row groups of about {facts['row_group_rows']:,} rows",
         "columns": columns,
     }
-    return f"{head}\n{table(rows)}"
+    return "\n".join([head, table(rows), *(f"warning: {sentence}" for sentence in facts.get("warnings", ()))])
 
 
 def scored(facts: Facts) -> str:
