@@ -35,7 +35,7 @@ def value(given: Any) -> str:
         return str(given)
     if isinstance(given, int):
         return f"{given:,}"
-    return f"{given:,.0f}" if 1e5 <= abs(given) < 1e15 else f"{given:.5g}"
+    return f"{given:,.0f}" if 1e4 <= abs(given) < 1e15 else f"{given:,.5g}"
 
 
 def trained(facts: Facts) -> str:
@@ -124,11 +124,21 @@ def audited(facts: Facts) -> str:
 
 def standing(facts: Facts) -> str:
     """What came out of ``status``."""
-    rows = {name.replace("_", " "): given for name, given in facts.items() if name not in ("silent_s", "seconds_left")}
+    apart = ("silent", "silent_s", "seconds_left")
+    rows = {name.replace("_", " "): given for name, given in facts.items() if name not in apart}
     for name, label in (("seconds_left", "left"), ("silent_s", "last news")):
         if facts[name] is not None:
             rows[label] = duration(facts[name]) + (" ago" if name == "silent_s" else "")
-    return table(rows)
+    return "\n".join([table(rows), *([no_news(facts["silent_s"])] if facts.get("silent") else [])])
+
+
+def no_news(seconds: float) -> str:
+    """The sentence about a run that says it goes on, and of which nothing was heard for a while.
+
+    >>> no_news(3723.4)
+    'no news for 1:02:03: the driver may be dead; its command continues it'
+    """
+    return f"no news for {duration(seconds)}: the driver may be dead; its command continues it"
 
 
 def watched(facts: Facts) -> str:
@@ -149,7 +159,7 @@ def watched(facts: Facts) -> str:
         if facts["seconds_left"] is not None:
             words.append(f"{duration(facts['seconds_left'])} left")
         if facts["silent"]:
-            words.append(f"no news for {duration(facts['silent_s'])}: the driver may be dead; its command continues it")
+            words.append(no_news(facts["silent_s"]))
     if facts["message"]:
         words.append(facts["message"])
     return " · ".join(words)
@@ -169,10 +179,11 @@ def inspected(facts: Facts) -> str:
     status = facts["status"] or {"state": "never started"}
     keys = ("state", "message", "step", "total_steps", "attempt", "exit_code", "started", "updated", "digest")
     rows = {key.replace("_", " "): status.get(key) for key in keys if status.get(key) != ""}
+    rows["step"] = facts["step"]
     rows["checkpoints"] = facts["checkpoints"] or None
     for kind, record in facts["metrics"].items():
         if record is not None:
-            rows[f"last {kind}"] = {k: v for k, v in record.items() if k not in ("kind", "time")}
+            rows[f"last {kind} line"] = {k: v for k, v in record.items() if k not in ("kind", "time")}
     lines = [f"run {facts['run']}", table(rows)]
     for section, fields in (facts["config"] or {}).items():
         if isinstance(fields, Mapping):
