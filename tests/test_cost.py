@@ -19,8 +19,10 @@ from bench.measure import Asked
 from raysgd import cli
 from raysgd.cost import ALIKE, Job, Machine, Network, best_servers, memory, predict, sums_pushed
 from raysgd.learn.parameters import Range
+from raysgd.outlook import remaining
 from raysgd.protocol.membership import deal
 from raysgd.protocol.tree import cover
+from raysgd.report import summary
 
 JOBS = st.builds(
     Job,
@@ -264,3 +266,20 @@ def test_what_a_dry_run_sees_that_training_refuses_it_refuses(place: Path, capsy
     assert missing.endswith('row group 0; set nulls = "impute" or "drop", or leave the column out')
     assert rest == "only 4 of 10 row groups were read: others may have more"
     assert dry(capsys, "logistic_regression", "--set", "data.nulls=impute")["parameters"] > 3
+
+
+@pytest.mark.usefixtures("place")
+def test_the_predicted_time_is_that_of_the_steps_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """And of those that are left: as far as the run is asked to go."""
+    facts = dry(capsys, "logistic_regression")
+    assert (facts["ends_at_step"], facts["steps_left"]) == (48, 48)
+    assert facts["predicted_seconds"] == round(48 * facts["predicted_step_ms"] / 1e3, 1)
+    assert dry(capsys, "logistic_regression", "--set", "run.stop_after_steps=5")["steps_left"] == 5
+    assert cli.main(["train", "run.toml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "for the steps alone: Ray's start (some seconds), validation and checkpoints come on top" in out
+    ended = remaining({**facts, "begins_at_step": 48, "predicted_step_ms": 1e3})
+    assert (ended["steps_left"], ended["predicted_seconds"]) == (0, 0.0)
+    told = summary.dry_run(ended)
+    assert "0: nothing is left to train" in told
+    assert "on top" not in told

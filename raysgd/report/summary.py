@@ -61,6 +61,11 @@ def dry_run(facts: Facts) -> str:
     numbers = {name.replace("_", " "): given for name, given in facts.items() if name not in ("columns", "note")}
     if facts.get("parameters") is not None and not numbers.pop("parameters exact", True):
         numbers["parameters"] = f"{facts['parameters']:,}, from a few row groups: the others may add categories"
+    if facts.get("steps_left") == 0:
+        numbers["steps left"] = "0: nothing is left to train"
+    elif (seconds := numbers.get("predicted seconds")) is not None:
+        beside = "Ray's start (some seconds), validation and checkpoints come on top"
+        numbers["predicted seconds"] = f"{value(seconds)} for the steps alone: {beside}"
     numbers |= {"": facts["note"]} if facts.get("note") else {}
     head = "nothing was trained; what can be checked before is well"
     return "\n".join([head, *facts["columns"], table(numbers)])
