@@ -23,7 +23,19 @@ import click
 from raysgd.cli_cluster import up_check
 from raysgd.cli_look import status, watch
 from raysgd.cli_tables import evaluate, predict, prepare
-from raysgd.console import BAD_INPUT, CONFIG, FAILED, INTERRUPTED, OK, Outcome, find_run, quietly, tell_skipped, told
+from raysgd.console import (
+    BAD_INPUT,
+    CONFIG,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Outcome,
+    checkpoint_of,
+    find_run,
+    not_yet,
+    quietly,
+    told,
+)
 from raysgd.encoding import decoded, quote
 from raysgd.errors import CheckpointError, InputError, Interrupted, RunError
 from raysgd.report import summary
@@ -125,6 +137,7 @@ _run = click.argument("run")
 def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet: bool, **options: Any) -> Outcome:
     """Train what CONFIG (a TOML file) describes, or continue it."""
     from raysgd.config import load
+    from raysgd.outlook import remaining
     from raysgd.report.progress import report_to
 
     spec = load(config, sets, _overrides(**options))
@@ -134,7 +147,7 @@ def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet:
     report = report_to(sys.stdout, quiet)
     trainer = Trainer.from_spec(spec, fresh=fresh, report=report)
     if dry_run:
-        return dict(trainer.dry_run()), summary.dry_run
+        return remaining(trainer.dry_run()), summary.dry_run
     try:
         result = trainer.fit()
     finally:
@@ -196,6 +209,7 @@ def inspect(run: str) -> Outcome:
     from raysgd import checkpoint
     from raysgd.report import metrics_log
     from raysgd.report.status import read as read_status
+    from raysgd.report.watching import look
     from raysgd.storage import Storage
 
     path = find_run(run)
@@ -205,6 +219,7 @@ def inspect(run: str) -> Outcome:
     last = {kind: next((r for r in reversed(lines) if r["kind"] == kind), None) for kind in ("train", "validation")}
     facts = {
         "run": path,
+        "step": look(storage)["step"],
         "status": None if standing is None else asdict(standing),
         "config": _stored_tables(storage),
         "checkpoints": checkpoint.steps(storage),
@@ -218,11 +233,15 @@ def inspect(run: str) -> Outcome:
 @told
 def audit(run: str) -> Outcome:
     """Check from RUN's ledger and checkpoints that every row and every update counted exactly once."""
+    from raysgd.audit import NAME as LEDGER
     from raysgd.audit import audit as audited
     from raysgd.storage import Storage
 
     path = find_run(run)
-    found = audited(Storage.open(path))
+    storage = Storage.open(path)
+    if not storage.exists(LEDGER) and (yet := not_yet(storage)):
+        raise InputError(f"{path} has no {LEDGER} yet, which comes with the first checkpoint: {yet}")
+    found = audited(storage)
     if found.problems:
         raise RunError("\n  - ".join([f"{path}: it does not hold that all counted once", *found.problems]))
     return {"run": path, **asdict(found)}, summary.audited
@@ -233,11 +252,7 @@ def audit(run: str) -> Outcome:
 @told
 def digest(run: str) -> Outcome:
     """The SHA-256 of RUN's last parameters, optimizer state and step: the same for any workers and servers."""
-    from raysgd import checkpoint
-    from raysgd.storage import Storage
-
-    found = checkpoint.load(Storage.open(find_run(run)), "last")
-    tell_skipped(found.skipped)
+    found = checkpoint_of(find_run(run), "last")
     return {"digest": found.digest(), "step": found.step, "checkpoint": found.path}, summary.digest
 
 

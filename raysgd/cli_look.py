@@ -30,7 +30,10 @@ def status(run: str) -> Outcome:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def watch(run: str, every_s: float, as_json: bool) -> int:
-    """Follow RUN until it ends, a line at each change; the exit code is the run's own."""
+    """Follow RUN until it ends, a line at each change; the exit code is the run's own.
+
+    1 where nothing was heard of it for twenty minutes: its driver may be dead.
+    """
     from raysgd.report.watching import follow, silent
     from raysgd.storage import Storage
 
@@ -38,5 +41,5 @@ def watch(run: str, every_s: float, as_json: bool) -> int:
     for facts in follow(Storage.open(path), every_s):
         line = {"run": path, **facts, "silent": silent(facts)}
         click.echo(json.dumps(finite(line), allow_nan=False) if as_json else summary.watched(line))
-        code = facts["exit_code"] or 0
+        code = 1 if facts["exit_code"] is None else facts["exit_code"]
     return int(code)

@@ -22,7 +22,13 @@ from raysgd.report.counting import counting
 @click.argument("data", nargs=-1, required=True, metavar="PATH [PATH ...]")
 @click.option("-o", "--output", "out", required=True, metavar="DIR", help="The directory of the data set, or its URI.")
 @click.option("--seed", type=int, default=0, help="Of the shuffle. Default: 0.")
-@click.option("--type", "types", multiple=True, metavar="COLUMN=TYPE", help="A column of text is of this Arrow type.")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="COLUMN=TYPE",
+    help="A column of text is of this Arrow type, as zip=string, which keeps leading zeros.",
+)
 @click.option(
     "--delimiter", default=",", help="Between the values of a CSV line. Default: a comma; in .tsv files a tab."
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from raysgd.errors import InputError, RaysgdError
+from raysgd.errors import CheckpointError, InputError, RaysgdError
 from raysgd.interrupts import sigterm_interrupts
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -67,12 +67,39 @@ def find_run(run: str) -> str:
 
 def model_of(path: str) -> Any:
     """The model of a run's best checkpoint; damaged ones are told."""
-    from raysgd import checkpoint, fitted
+    from raysgd import fitted
+
+    return fitted.from_checkpoint(checkpoint_of(path, "best"))
+
+
+def checkpoint_of(path: str, which: str) -> Any:
+    """The best or the last checkpoint of a run; damaged ones are told. Raises CheckpointError where there is none."""
+    from raysgd import checkpoint
     from raysgd.storage import Storage
 
-    found = checkpoint.load(Storage.open(path), "best")
+    storage = Storage.open(path)
+    try:
+        found = checkpoint.load(storage, which)
+    except CheckpointError:
+        if not checkpoint.steps(storage) and (yet := not_yet(storage)):
+            raise CheckpointError(f"{path} has no checkpoint yet: {yet}") from None
+        raise
     tell_skipped(found.skipped)
-    return fitted.from_checkpoint(found)
+    return found
+
+
+def not_yet(storage: Any) -> str:
+    """Why a run may lack what comes with its first checkpoint; "" where it does not say that it goes on."""
+    from raysgd.report import summary
+    from raysgd.report.watching import look, silent
+
+    facts = look(storage)
+    if facts["state"] != "running":
+        return ""
+    if silent(facts):
+        return summary.no_news(facts["silent_s"])
+    of = "" if facts["total_steps"] is None else f" of {facts['total_steps']:,}"
+    return f"the run goes on, at step {facts['step']:,}{of}; its first checkpoint (run.checkpoint_every) is to come"
 
 
 def tell_skipped(sentences: Sequence[str]) -> None:

@@ -6,18 +6,20 @@ the run has a checkpoint, that tells.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from raysgd.cost import FLOAT, Job, memory, predict
 from raysgd.data.encode import Encoder
-from raysgd.data.moments import merge, shard_statistics
+from raysgd.data.moments import merge, refuse, shard_statistics
 from raysgd.data.sampler import Sampler
 from raysgd.errors import InputError
 from raysgd.learn.models.base import ValueAndGrad
 from raysgd.learn.parameters import Layout
 from raysgd.plan import Plan, Tables, hash_bits
 from raysgd.protocol.consistency import Consistency
+from raysgd.protocol.rounds import Rounds
 from raysgd.protocol.stale import shard_class
 from raysgd.spec import RunSpec
 
@@ -30,14 +32,17 @@ def outlook(spec: RunSpec, tables: Tables, plan: Plan | None = None) -> dict[str
 
     plan: of a run that continues
 
-    Raises InputError where the row groups that are read cannot be used, and the whole table has no others.
+    Raises InputError where values in the row groups that are read cannot be used, as missing ones where they are
+    refused; and with what only all rows together show, where the table has no others.
     """
     train, scaling = spec.train, spec.scaling
     sampler = plan.sampler if plan is not None else _sampler(spec, tables)
+    total = sampler.steps_per_epoch * train.epochs
     facts: dict[str, Any] = {
         "epochs": train.epochs,
         "steps_per_epoch": sampler.steps_per_epoch,
-        "total_steps": sampler.steps_per_epoch * train.epochs,
+        "total_steps": total,
+        "ends_at_step": _end(spec, sampler.steps_per_epoch, total),
         "batch_size": train.batch_size,
         "virtual_workers": train.virtual_workers,
         "workers": scaling.num_workers,
@@ -49,6 +54,26 @@ def outlook(spec: RunSpec, tables: Tables, plan: Plan | None = None) -> dict[str
     if learner is not None:
         facts |= _needs(spec, tables, learner)
     return facts | ({} if note is None else {"note": note})
+
+
+def remaining(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dry run found, with the seconds that the steps which are left will take: a run may have some behind it.
+
+    >>> remaining({"begins_at_step": 60, "ends_at_step": 100, "predicted_step_ms": 50.0, "predicted_seconds": 5.0})
+    {'begins_at_step': 60, 'ends_at_step': 100, 'predicted_step_ms': 50.0, 'predicted_seconds': 2.0, 'steps_left': 40}
+    """
+    if not {"begins_at_step", "ends_at_step"} <= set(facts):
+        return dict(facts)
+    left = max(0, facts["ends_at_step"] - facts["begins_at_step"])
+    step_ms = facts.get("predicted_step_ms")
+    seconds = {} if step_ms is None else {"predicted_seconds": round(left * step_ms / 1e3, 1)}
+    return {**facts, **seconds, "steps_left": left}
+
+
+def _end(spec: RunSpec, steps_per_epoch: int, total: int) -> int:
+    """The step at which the run ends, or stops as asked."""
+    stop = spec.run.stop_after_steps
+    return total if stop is None else min(Rounds(spec.train.local_steps, steps_per_epoch).after(stop), total)
 
 
 def _sampler(spec: RunSpec, tables: Tables) -> Sampler:
@@ -63,8 +88,13 @@ def _learner(spec: RunSpec, tables: Tables) -> tuple[ValueAndGrad | None, bool, 
     sampled = sorted({i * count // SAMPLED for i in range(SAMPLED)})
     whole = len(sampled) == count
     bits = hash_bits(spec)
+    found = [shard_statistics(table, index, vocabularies=not bits) for index in sampled]
     try:
-        found = [shard_statistics(table, index, vocabularies=not bits) for index in sampled]
+        refuse(found)
+    except InputError as error:
+        rest = f"only {len(sampled)} of {count} row groups were read: others may have more"
+        raise InputError([*error.problems, *([] if whole else [rest])]) from None
+    try:
         statistics = merge([replace(one, index=i) for i, one in enumerate(found)])
         encoder = Encoder.fit(statistics, table.schema, spec.model.target_kind, spec.data.nulls, bits)
         learner = spec.model.bind(encoder.inputs, encoder.target)

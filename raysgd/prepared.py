@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from raysgd.data.calls import Calls, here
 from raysgd.data.files import UNFINISHED
-from raysgd.data.prepare import Shuffle, gather, scatter, settle
+from raysgd.data.prepare import Shuffle, gather, scatter, settle, warnings
 from raysgd.data.source import Preparation, Source, open_source, scan
 from raysgd.errors import InputError, RunError
 from raysgd.storage import Storage
@@ -125,7 +125,8 @@ def _run(job: Preparation, source: Source, place: _Place, calls: Calls, told: On
     if done != layout.n_rows:
         raise RunError(f"{done:,} rows were written of {layout.n_rows:,}: somebody else wrote there, too; start again")
     columns = {f.name: str(f.type) for f in layout.schema}
-    return {"rows": done, "row_group_rows": layout.group_rows, "columns": columns, "files": files}
+    facts = {"rows": done, "row_group_rows": layout.group_rows, "columns": columns, "files": files}
+    return facts | ({"warnings": found} if (found := warnings(layout, scans)) else {})
 
 
 def prepared(storage: Storage, name: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from math import inf
+from math import floor, inf
 from numbers import Integral
 from pathlib import PurePath
 from typing import Any
@@ -148,6 +148,35 @@ class ScalingConfig:
         """Logical CPUs that the actors of a run ask for together at the least."""
         servers = self.num_servers * (1 + self.replicas)
         return self.least_workers * self.worker_cpus + servers * self.server_cpus
+
+    def local_workers(self, cores: int) -> int:
+        """How many workers a cluster that is started on a machine of so many cores has room for: as many as the cores
+        bear beside the servers, between the least and the most.
+
+        >>> [ScalingConfig(num_workers=(1, 4)).local_workers(cores) for cores in (1, 2, 3, 4, 16)]
+        [1, 1, 2, 3, 4]
+        """
+        servers = self.num_servers * (1 + self.replicas) * self.server_cpus
+        borne = floor((cores - servers) / self.worker_cpus + 1e-9)  # three times 0.1 is 0.3
+        return min(max(borne, self.least_workers), self.most_workers)
+
+    def local_cpus(self, cores: int) -> float:
+        """Logical CPUs of a cluster that is started on a machine of so many cores.
+
+        >>> ScalingConfig(num_workers=(1, 4)).local_cpus(4), ScalingConfig(num_workers=2).local_cpus(16)
+        (3.5, 2.5)
+        """
+        return self.cpus + (self.local_workers(cores) - self.least_workers) * self.worker_cpus
+
+    def local_room(self, cores: int) -> str:
+        """What to say of that room where the number of workers is a range.
+
+        >>> ScalingConfig(num_workers=(1, 4)).local_room(2), ScalingConfig(num_workers=4).local_room(2)
+        (', room for 1 of at most 4 workers', '')
+        """
+        if self.least_workers == self.most_workers:
+            return ""
+        return f", room for {self.local_workers(cores)} of at most {self.most_workers} workers"
 
     @property
     def asks(self) -> dict[str, list[Resources]]:

@@ -53,6 +53,7 @@ class ClusterFacts:
     """What is known of a cluster.
 
     versions: of this process;  storage_path: where runs will lie;  client: whether this process is on Ray Client
+    started: whether there was none, and one of this machine alone was started to look at
     nodes: those that answered;  silent: why each other one did not, by name
     """
 
@@ -62,6 +63,7 @@ class ClusterFacts:
     silent: dict[str, str] = field(default_factory=dict)
     storage: str = ""
     client: bool = False
+    started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Line:
 def judge(facts: ClusterFacts) -> list[Line]:
     """A line for each thing that is checked, and for each version that is not the same everywhere."""
     checks: Sequence[Callable[[ClusterFacts], Iterator[Line]]] = (
-        _answers, _versions, _token, _storage, _shm, _clocks, _threads, _arithmetic, _client,
+        _cluster, _answers, _versions, _token, _storage, _shm, _clocks, _threads, _arithmetic, _client,
     )  # fmt: skip
     return [line for check in checks for line in check(facts)]
 
@@ -88,6 +90,12 @@ def judge(facts: ClusterFacts) -> list[Line]:
 def failed(lines: Sequence[Line]) -> bool:
     """Whether a run should not begin."""
     return any(line.level == "error" for line in lines)
+
+
+def _cluster(facts: ClusterFacts) -> Iterator[Line]:
+    if facts.started:
+        found = "none was given and none is around this process: a Ray of this machine alone was started to look at"
+        yield Line("ok", "cluster", f"{found}; --address names another")
 
 
 def _answers(facts: ClusterFacts) -> Iterator[Line]:

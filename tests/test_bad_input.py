@@ -299,6 +299,7 @@ def test_an_empty_directory(refused: Refused) -> None:
         (b"PAR1", "is truncated: its footer is missing"),
         (b"PAR1" + b"\xff" * 40 + b"PAR1", "is damaged: its footer claims"),
         (b"PAR1" + b"\0" * 40 + b"PAR1", "is damaged"),
+        (b"city,late\nOslo,1\n", "it begins with b'city,lat'; `raysgd prepare` converts CSV and JSON lines"),
         (b"\x80\x04K\x01.", "is neither Parquet nor Arrow IPC"),  # a pickle
     ],
 )

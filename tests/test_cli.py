@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -323,8 +324,56 @@ def test_inspect_shows_how_a_run_stands(run: Captured) -> None:
     assert found["metrics"]["train"]["step"] == found["metrics"]["validation"]["step"] == 20
     assert found["config"]["model"] == {"type": "logistic_regression"}
     assert run("inspect", "flights") == 0
-    for part in ("state            succeeded", "checkpoints      10, 20", "[model]", "last validation  step 20"):
-        assert part in run.out
+    for part in ("state succeeded", "step 20", "checkpoints 10, 20", "[model]", "last validation line step 20"):
+        assert part in " ".join(run.out.split())
+
+
+@pytest.fixture
+def running(here: Path) -> Path:
+    """A run that goes on: at step 3 of 20, nothing saved yet."""
+    storage = Storage.open("runs/new")
+    with MetricsLog(storage) as log:
+        log.train(step=3, epoch=1, rows=30, loss=0.5, learning_rate=0.1, rows_per_s=1e6)
+    status.write(storage, Status("running", total_steps=20))
+    return here
+
+
+@pytest.mark.usefixtures("running")
+def test_inspect_tells_the_step_of_a_run_that_goes_on(run: Captured) -> None:
+    found = run.json("inspect", "new")
+    assert (found["step"], found["status"]["step"]) == (3, 0)
+    assert run("inspect", "new") == 0
+    assert ["step", "3"] in [line.split() for line in run.out.splitlines()]
+
+
+@pytest.mark.usefixtures("running")
+def test_what_a_run_that_goes_on_has_not_yet(run: Captured) -> None:
+    goes_on = "the run goes on, at step 3 of 20; its first checkpoint (run.checkpoint_every) is to come"
+    for command in (["digest"], ["evaluate"], ["predict", "--data", "valid.parquet", "-o", "out.csv"]):
+        (sentence,) = run.json(command[0], "new", *command[1:], code=2)["error"]
+        assert sentence == f"{Path('runs/new').absolute()} has no checkpoint yet: {goes_on}"
+    (sentence,) = run.json("audit", "new", code=2)["error"]
+    assert sentence.endswith(f"has no ledger.jsonl yet, which comes with the first checkpoint: {goes_on}")
+
+
+@pytest.mark.usefixtures("running")
+def test_a_run_that_ended_without_a_checkpoint_has_none(run: Captured) -> None:
+    status.write(Storage.open("runs/new"), Status("failed", total_steps=20))
+    assert run.json("digest", "new", code=2)["error"][0].endswith("has no checkpoint")
+    assert "nothing was trained there" in run.json("audit", "new", code=2)["error"][0]
+
+
+def test_watch_ends_where_nothing_is_heard_any_more(run: Captured) -> None:
+    """A driver that was killed writes no end: the exit code is that of a run that failed."""
+    status.write(Storage.open("runs/dead"), Status("running", total_steps=20), now=lambda: 0.0)
+    assert run("watch", "dead") == 1
+    assert run.out.startswith("running · 0/20 steps · no news for ")
+    assert run("status", "dead") == 0
+    told = [line.split("  ")[0] for line in run.out.splitlines()]
+    assert "silent" not in told
+    assert "left" not in told
+    assert re.match(r"no news for .*: the driver may be dead; its command continues it", told[-1])
+    assert run("watch", "flights") == 0
 
 
 def test_inspect_of_a_run_that_has_only_begun(run: Captured) -> None:

@@ -19,8 +19,10 @@ from bench.measure import Asked
 from raysgd import cli
 from raysgd.cost import ALIKE, Job, Machine, Network, best_servers, memory, predict, sums_pushed
 from raysgd.learn.parameters import Range
+from raysgd.outlook import remaining
 from raysgd.protocol.membership import deal
 from raysgd.protocol.tree import cover
+from raysgd.report import summary
 
 JOBS = st.builds(
     Job,
@@ -250,3 +252,34 @@ def test_a_sample_that_shows_one_class_only_is_no_fault(place: Path, capsys: pyt
     facts = dry(capsys, "logistic_regression")
     assert facts["parameters"] is None
     assert "4 of 10 row groups do not show the parameters" in facts["note"]
+
+
+def test_what_a_dry_run_sees_that_training_refuses_it_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing values in row groups that it reads: one sentence a column, and that it has not read all."""
+    table = pq.read_table(place / "train" / "a.parquet")
+    gaps = pa.array([None if i % 10 == 0 else float(i) for i in range(1_000)])
+    pq.write_table(table.set_column(0, "x", gaps), place / "train" / "a.parquet", row_group_size=100)
+    Path("run.toml").write_text(TOML.format(model="logistic_regression"))
+    assert cli.main(["train", "run.toml", "--dry-run", "--json"]) == cli.BAD_INPUT
+    missing, rest = json.loads(capsys.readouterr().out)["error"]
+    assert missing.startswith("column 'x' has 40 missing values (null or NaN) in 4 row groups, first in ")
+    assert missing.endswith('row group 0; set nulls = "impute" or "drop", or leave the column out')
+    assert rest == "only 4 of 10 row groups were read: others may have more"
+    assert dry(capsys, "logistic_regression", "--set", "data.nulls=impute")["parameters"] > 3
+
+
+@pytest.mark.usefixtures("place")
+def test_the_predicted_time_is_that_of_the_steps_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """And of those that are left: as far as the run is asked to go."""
+    facts = dry(capsys, "logistic_regression")
+    assert (facts["ends_at_step"], facts["steps_left"]) == (48, 48)
+    assert facts["predicted_seconds"] == round(48 * facts["predicted_step_ms"] / 1e3, 1)
+    assert dry(capsys, "logistic_regression", "--set", "run.stop_after_steps=5")["steps_left"] == 5
+    assert cli.main(["train", "run.toml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "for the steps alone: Ray's start (some seconds), validation and checkpoints come on top" in out
+    ended = remaining({**facts, "begins_at_step": 48, "predicted_step_ms": 1e3})
+    assert (ended["steps_left"], ended["predicted_seconds"]) == (0, 0.0)
+    told = summary.dry_run(ended)
+    assert "0: nothing is left to train" in told
+    assert "on top" not in told

@@ -158,3 +158,16 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_the_changelog_begins_with_what_is_not_released() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "Unreleased"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *sorted((ROOT / "clusters").iterdir()), *ROOT.glob("*.yaml"), *sorted((ROOT / "jobs").glob("*.py"))],
+    ids=lambda page: page.name,
+)
+def test_how_it_is_installed_and_where_the_config_lies_is_told_in_one_way(page: Path) -> None:
+    """It is on no package index, so from a clone; on a head the clone is ~/raysgd, in a job the working directory."""
+    text = page.read_text()
+    assert re.findall(r"pip install (?:-\S+ )*'?raysgd(?!\[)\b.*", text) == []
+    assert set(re.findall(r"ray submit \S+ jobs/train\.py -- (\S+)", text)) <= {"raysgd/jobs/RUN.toml", "$(raysgd"}
+    assert set(re.findall(r"python jobs/train\.py (\S+)", text)) <= {"jobs/RUN.toml"}

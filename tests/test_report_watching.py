@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from raysgd.report import status, summary
-from raysgd.report.metrics_log import MetricsLog
+from raysgd.report.metrics_log import MetricsLog, epoch_loss, read
 from raysgd.report.status import Status
-from raysgd.report.watching import SILENT_S, follow, look, silent
+from raysgd.report.watching import GIVEN_UP_S, SILENT_S, follow, look, silent
 from raysgd.storage import Storage
 
 
@@ -109,3 +109,31 @@ def test_silence_is_told_once(storage: Storage, clock: Clock) -> None:
 
     found = list(follow(storage, 1.0, clock, sleep))
     assert [silent(f) for f in found] == [False, True, False]
+
+
+def test_after_long_silence_nobody_follows_any_more(storage: Storage, clock: Clock) -> None:
+    status.write(storage, Status("running", total_steps=100), clock)
+
+    def sleep(_: float) -> None:
+        clock.time += 60
+        assert clock.time < 1_000_000 + GIVEN_UP_S + 120
+
+    found = list(follow(storage, 1.0, clock, sleep))
+    assert [silent(f) for f in found] == [False, True]
+    assert found[-1]["exit_code"] is None
+
+
+def test_the_last_line_alone_tells_neither_loss_nor_speed(storage: Storage, clock: Clock) -> None:
+    """It may be of one step: the loss is the epoch's, as the run tells it, the speed that of the newest lines."""
+    log = MetricsLog(storage, clock)
+    for step, epoch, loss, speed in ((10, 1, 9.0, 2e6), (20, 2, 0.5, 2e6), (21, 2, 0.6, 1e5)):
+        log.train(step=step, epoch=epoch, rows=100 * step, loss=loss, learning_rate=0.1, rows_per_s=speed)
+    facts = look(storage)
+    assert facts["train_loss"] == epoch_loss(read(storage)) == pytest.approx((10 * 0.5 + 0.6) / 11)
+    assert facts["rows_per_s"] == pytest.approx(2_100 / (2_000 / 2e6 + 100 / 1e5))
+
+
+def test_numbers_have_separators() -> None:
+    assert [summary.value(v) for v in (248_295.3, 24_829.5, 2_482.95, 0.57478, 1e20)] == [
+        "248,295", "24,830", "2,482.9", "0.57478", "1e+20",
+    ]  # fmt: skip

@@ -316,3 +316,31 @@ def test_replicas_need_dense_models() -> None:
     assert hashed == "scaling.replicas must be 0 with hashed categories, got 1"
     assert a_spec(scaling=one).problems() == []
     assert a_spec(train=TrainConfig(staleness=2), scaling=one).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "cores", "room"),
+    [
+        ((1, 2), 1, 2, 1),  # the server's half is not there for a second
+        ((1, 2), 1, 3, 2),
+        ((1, 4), 2, 5, 4),
+        ((1, 4), 1, 64, 4),
+        ((3, 6), 1, 2, 3),
+        (4, 1, 64, 4),
+        (4, 1, 1, 4),
+        ((4, 4), 1, 1, 4),
+    ],
+)
+def test_a_local_cluster_has_room_for_as_many_workers_as_the_cores_bear(
+    workers: Any, servers: int, cores: int, room: int
+) -> None:
+    scaling = ScalingConfig(num_workers=workers, num_servers=servers)
+    assert scaling.local_workers(cores) == room
+    assert scaling.local_cpus(cores) == room + servers / 2
+    assert scaling.cpus <= scaling.local_cpus(cores)
+
+
+def test_a_local_cluster_counts_cpus_as_ray_does() -> None:
+    """In ten-thousandths: three workers of 0.1 fit into what one server of 0.7 leaves."""
+    scaling = ScalingConfig(num_workers=(1, 9), worker_cpus=0.1, server_cpus=0.7)
+    assert scaling.local_workers(1) == 3

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from raysgd.runtime.node_facts import cpu
 from raysgd.upcheck import ClusterFacts, Line, NodeFacts, failed, judge
 
 VERSIONS = {"Python": "3.11.7", "ray": "2.60.0", "numpy": "2.4.6", "pyarrow": "26.0.1", "raysgd": "0.1 (aaaa)"}
@@ -105,3 +106,16 @@ def test_what_a_node_does_not_tell_is_no_fault() -> None:
     lines = judge(facts(blas_threads=None, shm_total=None, shm_free=None))
     assert not [line for line in lines if line.level != "ok"]
     assert "1 in an actor (unknown on 10.0.0.2)" in [line.found for line in lines]
+
+
+def test_a_cluster_that_was_started_to_look_at_is_told() -> None:
+    first = judge(facts(of_started=True))[0]
+    assert (first.level, first.what) == ("ok", "cluster")
+    assert "a Ray of this machine alone was started to look at" in first.found
+    assert "cluster" not in [line.what for line in judge(facts())]
+
+
+def test_a_processor_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: text)
+    assert cpu() == "AMD EPYC (family 26, model 2)"

@@ -269,4 +269,4 @@ def _foreign(head: bytes) -> str:
         return "is encrypted Parquet, which cannot be used"
     if head.startswith(b"\xff\xff\xff\xff"):
         return "is an Arrow stream, which cannot be read by row group; write it as an Arrow file"
-    return f"is neither Parquet nor Arrow IPC: it begins with {head!r}; pyarrow converts CSV and JSON"
+    return f"is neither Parquet nor Arrow IPC: it begins with {head!r}; `raysgd prepare` converts CSV and JSON lines"

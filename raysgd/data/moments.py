@@ -12,7 +12,7 @@ Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,13 +143,54 @@ class Statistics:
         return lines + ([f"{self.dropped:,} of {self.rows:,} rows dropped"] if self.dropped else [])
 
 
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What cannot be used of one column in one shard.
+
+    where: the shard;  subject, what: the same words in every shard;  count: how many values, None: not counted
+    such: the rest of the sentence here: an example, the remedy
+
+    >>> print(Violation("a.parquet, row group 3", "column 'x' has", "infinite values", 2, "; write finite numbers"))
+    a.parquet, row group 3: column 'x' has 2 infinite values; write finite numbers
+    """
+
+    where: str
+    subject: str
+    what: str
+    count: int | None
+    such: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.told(self.count)}{self.such}"
+
+    def told(self, count: int | None) -> str:
+        """The subject, how many, and what."""
+        return f"{self.subject} {'' if count is None else f'{count:,} '}{self.what}"
+
+
+def _told_once(violations: Sequence[Violation]) -> list[str]:
+    """One sentence for each thing that cannot be used: where it is in several shards with how much, and the first."""
+    alike: dict[tuple[str, str], list[Violation]] = {}
+    for violation in violations:
+        alike.setdefault((violation.subject, violation.what), []).append(violation)
+    sentences = []
+    for first, *others in alike.values():
+        if not others:
+            sentences.append(str(first))
+            continue
+        counts = [v.count for v in (first, *others) if v.count is not None]
+        places = f"in {1 + len(others):,} row groups, first in {first.where}"
+        sentences.append(f"{first.told(sum(counts) if counts else None)} {places}{first.such}")
+    return sentences
+
+
 @dataclass(frozen=True)
 class ShardStatistics:
-    """The statistics of one shard, and a sentence for each value that cannot be used (``n_violations`` in all)."""
+    """The statistics of one shard, and what of it cannot be used."""
 
     index: int
     values: Statistics
-    violations: tuple[str, ...] = ()
+    violations: tuple[Violation, ...] = ()
 
 
 def shard_statistics(dataset: Dataset, index: int, *, vocabularies: bool = True) -> ShardStatistics:
@@ -171,14 +212,14 @@ def shard_statistics(dataset: Dataset, index: int, *, vocabularies: bool = True)
     for name, count in null_counts(table, columns).items():
         nulls[name] = count
         if dataset.nulls == "refuse" or name in (columns.label, columns.weight):
-            findings.add(f"column {name!r} has {count:,} missing values (null or NaN); {_null_remedy(name, columns)}")
+            findings.add(_has(name), "missing values (null or NaN)", f"; {_null_remedy(name, columns)}", count)
     moments = [_numeric(table.column(name), name, width, findings) for name, width in columns.numeric]
     collected = columns.categorical if vocabularies else ()
     found = tuple(_vocabulary(table.column(name), name, findings) for name in collected)
     label, classes = _label(table, columns, findings)
     weight = _weight_sum(table, columns, findings)
     statistics = Statistics(len(table) + dropped, dropped, Moments.join(moments), found, label, classes, weight, nulls)
-    return ShardStatistics(index, statistics, tuple(findings.sentences))
+    return ShardStatistics(index, statistics, tuple(findings.found))
 
 
 class _Findings:
@@ -186,10 +227,14 @@ class _Findings:
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self.sentences: list[str] = []
+        self.found: list[Violation] = []
 
-    def add(self, sentence: str) -> None:
-        self.sentences.append(f"{self.where}: {sentence}")
+    def add(self, subject: str, what: str, such: str, count: int | None = None) -> None:
+        self.found.append(Violation(self.where, subject, what, count, such))
+
+
+def _has(name: str) -> str:
+    return f"column {name!r} has"
 
 
 def _null_remedy(name: str, columns: Columns) -> str:
@@ -232,20 +277,21 @@ def kept_rows(table: pa.Table, columns: Columns) -> npt.NDArray[np.bool_]:
 
 def _numeric(column: pa.ChunkedArray, name: str, width: int, findings: _Findings) -> Moments:
     values = numbers(column, width)
-    usable = check_numbers(values, single_array(column), name, findings.add)
+    usable = check_numbers(values, single_array(column), name, findings)
     if not usable:  # the run stops at these; moments of infinities would only warn
         return Moments(np.zeros(width, np.int64), np.zeros(width), np.zeros(width))
     return Moments.of(values)
 
 
-def check_numbers(values: Numbers, array: pa.Array, name: str, report: Callable[[str], None]) -> bool:
+def check_numbers(values: Numbers, array: pa.Array, name: str, findings: _Findings) -> bool:
     """Report values that float32 or float64 cannot hold; True where all are usable. ``array``: as it was read."""
     elements = array.flatten() if types.is_fixed_size_list(array.type) else array
     if types.is_integer(elements.type) and elements.type.bit_width == 64 and len(elements):
         bounds = pc.min_max(elements).as_py()
         if bounds["min"] is not None and max(-bounds["min"], bounds["max"]) > EXACT_INTEGER:
             far = max(bounds.values(), key=abs)
-            report(f"column {name!r} has integers beyond 2^53, such as {far}; use it as categorical, or write smaller")
+            remedy = "use it as categorical, or write smaller"
+            findings.add(_has(name), "integers beyond 2^53", f", such as {far}; {remedy}")
             return False
     if values.dtype.kind != "f" or values.size == 0:
         return True
@@ -253,10 +299,10 @@ def check_numbers(values: Numbers, array: pa.Array, name: str, report: Callable[
         size = np.abs(values)
     largest = float(np.fmax.reduce(size, axis=None))
     if np.isinf(largest):
-        report(f"column {name!r} has {int(np.isinf(size).sum()):,} infinite values; write finite numbers")
+        findings.add(_has(name), "infinite values", "; write finite numbers", int(np.isinf(size).sum()))
         return False
     if largest > FLOAT32_MAX:
-        report(f"column {name!r} has numbers beyond float32 (3.4e38), such as {largest:g}; scale it")
+        findings.add(_has(name), "numbers beyond float32 (3.4e38)", f", such as {largest:g}; scale it")
         return False
     return True
 
@@ -265,7 +311,7 @@ def _vocabulary(column: pa.ChunkedArray, name: str, findings: _Findings) -> pa.A
     try:
         return distinct(categories(column.unify_dictionaries().unique()))
     except pa.ArrowInvalid as error:
-        findings.add(f"column {name!r} cannot be read as categories: {error}")
+        findings.add(f"column {name!r}", "cannot be read as categories", f": {error}")
         return pa.array([], pa.int64())
 
 
@@ -295,10 +341,10 @@ def _weight_sum(table: pa.Table, columns: Columns, findings: _Findings) -> float
     if columns.weight is None:
         return float(len(table))
     values = numbers(table.column(columns.weight))
-    if not check_numbers(values, single_array(table.column(columns.weight)), columns.weight, findings.add):
+    if not check_numbers(values, single_array(table.column(columns.weight)), columns.weight, findings):
         return 0.0
     if (negative := int(np.less(values, 0).sum())) > 0:
-        findings.add(f"column {columns.weight!r} has {negative:,} negative weights; weights must be >= 0")
+        findings.add(_has(columns.weight), "negative weights", "; weights must be >= 0", negative)
     return float(np.nansum(values, dtype=np.float64))
 
 
@@ -314,18 +360,22 @@ def _added(a: dict[Any, int] | None, b: dict[Any, int] | None) -> dict[Any, int]
     return dict(sorted(total.items())) if len(total) <= MAX_CLASSES else None
 
 
+def refuse(shards: Sequence[ShardStatistics]) -> None:
+    """Raises InputError with what cannot be used of these shards: one sentence a column and fault, the first 20, and
+    how many more."""
+    if sentences := _told_once([violation for shard in shards for violation in shard.violations]):
+        more = len(sentences) - MAX_LISTED
+        raise InputError([*sentences[:MAX_LISTED], *([f"and {more} more"] if more > 0 else [])])
+
+
 def merge(shards: Sequence[ShardStatistics]) -> Statistics:
     """The statistics of all shards, in whatever order they come: the same bytes whoever computed which.
 
-    Raises InputError with the violations of all shards (the first 20, and how many more), and where every row is
-    dropped or all weights are 0.
+    Raises InputError as :func:`refuse`, and where every row is dropped or all weights are 0.
     """
     ordered = sorted(shards, key=lambda s: s.index)
     assert [s.index for s in ordered] == list(range(len(ordered))), "every shard once"
-    violations = [sentence for shard in ordered for sentence in shard.violations]
-    if violations:
-        more = len(violations) - MAX_LISTED
-        raise InputError([*violations[:MAX_LISTED], *([f"and {more} more"] if more > 0 else [])])
+    refuse(ordered)
     total = tree_reduce([s.values for s in ordered], Statistics.__add__)
     if total.dropped == total.rows:
         raise InputError(f'nulls = "drop" leaves no row: each of {total.rows:,} misses a value')

@@ -105,6 +105,18 @@ def _schema(source: Source, scans: Sequence[Scanned]) -> pa.Schema:
     return pa.schema(fields)
 
 
+def warnings(layout: Layout, scans: Sequence[Scanned]) -> list[str]:
+    """Sentences about columns that lose something: codes with leading zeros that became whole numbers."""
+    found = []
+    for column in layout.schema:
+        seen = next((g.zeros for s in scans if (g := s.guesses.get(column.name)) and g.zeros is not None), None)
+        if seen is not None and pa.types.is_integer(column.type):
+            name = column.name
+            lost = f"column {name!r} has values with leading zeros, as {seen!r}, and became whole numbers without them"
+            found.append(f"{lost}: --type {name}=string keeps codes as they are")
+    return found
+
+
 def _other_kind(source: Source, piece: int, name: str, before: pa.DataType, here: pa.DataType) -> list[str]:
     """The sentence about a column that is of another kind in this piece: with the line, where one shows it."""
     at = source.pieces[piece]

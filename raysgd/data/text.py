@@ -31,6 +31,10 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 #: Bytes of the longest line, and of the largest file that must be read as a whole.
 MAX_LINE, MAX_WHOLE = 64 << 20, 1 << 30
 
+#: Bytes of a file's beginning that are looked through for whole numbers with leading zeros.
+ZEROS_BYTES = 1 << 20
+
+_LEADING_ZERO = r"^\s*[+-]?0\d"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -82,12 +86,14 @@ class Guess:
 
     numbers, values: how many values are numbers, of how many that are there
     odd: of the first value that is no number: its line in the piece, from 0, and the value
+    zeros: the first value with leading zeros, which a whole number loses; looked for at the beginning of a CSV file
     """
 
     type: pa.DataType
     numbers: int = 0
     values: int = 0
     odd: tuple[int, str] | None = None
+    zeros: str | None = None
 
 
 def pieces_of(file: TextFile, dialect: Dialect, piece_bytes: int) -> list[TextPiece]:
@@ -171,7 +177,29 @@ def infer(fs: Any, piece: TextPiece, dialect: Dialect) -> tuple[int, int, dict[s
         f.name: _guess(table.column(f.name), lines, given=f.name in dialect.types or dialect.kind == "json")
         for f in table.schema
     }
+    if dialect.kind == "csv" and piece.begin == 0:
+        whole = [f.name for f in table.schema if pa.types.is_integer(f.type) and f.name not in dialect.types]
+        for name, value in _leading_zeros(data, piece.file.names, dialect, whole).items():
+            guesses[name] = replace(guesses[name], zeros=value)
     return table.num_rows, table.nbytes, guesses
+
+
+def _leading_zeros(data: bytes, names: tuple[str, ...], dialect: Dialect, columns: list[str]) -> dict[str, str]:
+    """Of columns of whole numbers, the first value with leading zeros near the beginning of the data."""
+    if not columns:
+        return {}
+    head = data if len(data) <= ZEROS_BYTES else data[: data.rfind(b"\n", 0, ZEROS_BYTES) + 1]
+    try:
+        table = parse(head, names, replace_types(dialect, dict.fromkeys(columns, pa.string())), None)
+    except pa.ArrowException:  # a quoted value spans the cut
+        return {}
+    found = {}
+    for name in columns:
+        texts = table.column(name)
+        led = texts.filter(pc.match_substring_regex(texts, _LEADING_ZERO))
+        if len(led):
+            found[name] = led[0].as_py()
+    return found
 
 
 def read(fs: Any, piece: TextPiece, dialect: Dialect, schema: pa.Schema) -> pa.Table:

@@ -35,7 +35,7 @@ def value(given: Any) -> str:
         return str(given)
     if isinstance(given, int):
         return f"{given:,}"
-    return f"{given:,.0f}" if 1e5 <= abs(given) < 1e15 else f"{given:.5g}"
+    return f"{given:,.0f}" if 1e4 <= abs(given) < 1e15 else f"{given:,.5g}"
 
 
 def trained(facts: Facts) -> str:
@@ -61,6 +61,11 @@ def dry_run(facts: Facts) -> str:
     numbers = {name.replace("_", " "): given for name, given in facts.items() if name not in ("columns", "note")}
     if facts.get("parameters") is not None and not numbers.pop("parameters exact", True):
         numbers["parameters"] = f"{facts['parameters']:,}, from a few row groups: the others may add categories"
+    if facts.get("steps_left") == 0:
+        numbers["steps left"] = "0: nothing is left to train"
+    elif (seconds := numbers.get("predicted seconds")) is not None:
+        beside = "Ray's start (some seconds), validation and checkpoints come on top"
+        numbers["predicted seconds"] = f"{value(seconds)} for the steps alone: {beside}"
     numbers |= {"": facts["note"]} if facts.get("note") else {}
     head = "nothing was trained; what can be checked before is well"
     return "\n".join([head, *facts["columns"], table(numbers)])
@@ -78,7 +83,7 @@ def prepared(facts: Facts) -> str:
         "files": f"{len(files):,}, {size:,} bytes, row groups of about {facts['row_group_rows']:,} rows",
         "columns": columns,
     }
-    return f"{head}\n{table(rows)}"
+    return "\n".join([head, table(rows), *(f"warning: {sentence}" for sentence in facts.get("warnings", ()))])
 
 
 def scored(facts: Facts) -> str:
@@ -124,11 +129,21 @@ def audited(facts: Facts) -> str:
 
 def standing(facts: Facts) -> str:
     """What came out of ``status``."""
-    rows = {name.replace("_", " "): given for name, given in facts.items() if name not in ("silent_s", "seconds_left")}
+    apart = ("silent", "silent_s", "seconds_left")
+    rows = {name.replace("_", " "): given for name, given in facts.items() if name not in apart}
     for name, label in (("seconds_left", "left"), ("silent_s", "last news")):
         if facts[name] is not None:
             rows[label] = duration(facts[name]) + (" ago" if name == "silent_s" else "")
-    return table(rows)
+    return "\n".join([table(rows), *([no_news(facts["silent_s"])] if facts.get("silent") else [])])
+
+
+def no_news(seconds: float) -> str:
+    """The sentence about a run that says it goes on, and of which nothing was heard for a while.
+
+    >>> no_news(3723.4)
+    'no news for 1:02:03: the driver may be dead; its command continues it'
+    """
+    return f"no news for {duration(seconds)}: the driver may be dead; its command continues it"
 
 
 def watched(facts: Facts) -> str:
@@ -149,7 +164,7 @@ def watched(facts: Facts) -> str:
         if facts["seconds_left"] is not None:
             words.append(f"{duration(facts['seconds_left'])} left")
         if facts["silent"]:
-            words.append(f"no news for {duration(facts['silent_s'])}: the driver may be dead; its command continues it")
+            words.append(no_news(facts["silent_s"]))
     if facts["message"]:
         words.append(facts["message"])
     return " · ".join(words)
@@ -169,10 +184,11 @@ def inspected(facts: Facts) -> str:
     status = facts["status"] or {"state": "never started"}
     keys = ("state", "message", "step", "total_steps", "attempt", "exit_code", "started", "updated", "digest")
     rows = {key.replace("_", " "): status.get(key) for key in keys if status.get(key) != ""}
+    rows["step"] = facts["step"]
     rows["checkpoints"] = facts["checkpoints"] or None
     for kind, record in facts["metrics"].items():
         if record is not None:
-            rows[f"last {kind}"] = {k: v for k, v in record.items() if k not in ("kind", "time")}
+            rows[f"last {kind} line"] = {k: v for k, v in record.items() if k not in ("kind", "time")}
     lines = [f"run {facts['run']}", table(rows)]
     for section, fields in (facts["config"] or {}).items():
         if isinstance(fields, Mapping):

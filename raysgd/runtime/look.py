@@ -30,13 +30,13 @@ def look(storage_path: str, address: str | None) -> ClusterFacts:
     Raises RunError where it cannot be joined.
     """
     storage, word = Storage.open(storage_path), f".raysgd-check-{secrets.token_hex(4)}"
-    with session(1, address), _as_before(storage):
+    with session(1, address) as cluster, _as_before(storage):
         here = _try_here(storage, word)
         answers, silent = _ask(storage.uri, word)
         nodes = tuple(NodeFacts(**told, seen=_clear(storage, f"{word}-{i}")) for i, told in answers.items())
         _clear(storage, word)
         client = bool(ray.util.client.ray.is_connected())
-    return ClusterFacts(node_facts.versions(), storage.uri, nodes, silent, here, client)
+    return ClusterFacts(node_facts.versions(), storage.uri, nodes, silent, here, client, cluster.started)
 
 
 @contextmanager

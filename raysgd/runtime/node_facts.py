@@ -78,13 +78,15 @@ def blas_threads() -> int | None:
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """The processor's name, and the family and model numbers that tell apart what has one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return os.uname().machine
     told = dict(map(_pair, lines))
-    numbers = "/".join(told[key] for key in ("cpu family", "model") if key in told)
+    numbers = ", ".join(
+        f"{word} {told[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in told
+    )
     return f"{told.get('model name', os.uname().machine)} ({numbers})" if numbers else os.uname().machine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
@@ -25,6 +27,9 @@ from raysgd.runtime.process import Process
 from raysgd.runtime.token import refuse_strangers
 
 __all__ = ["SINGLE_THREADED", "Session", "session"]
+
+#: seconds that a cluster's host may take to answer a connection; Ray alone would try for many minutes
+CONNECT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,11 @@ class Session:
             raise RunError(f"{died}; the same command starts another one and continues")
 
 
+def cores() -> int:
+    """The cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def will_start(address: str | None) -> bool:
     """Whether :func:`session` will start a cluster of its own. Raises InputError where the address is none."""
     return not ray.is_initialized() and _address(address) == "local"
@@ -71,7 +81,9 @@ def _address(given: str | None) -> str:
 
 
 @contextmanager
-def session(cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
+def session(
+    cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None, room: str = ""
+) -> Iterator[Session]:
     """A connected Ray for the duration of the block.
 
     An initialised Ray is used as it is; else ``address``, else ``RAY_ADDRESS``; else a local cluster is started
@@ -79,6 +91,7 @@ def session(cpus: float, address: str | None = None, resources: Mapping[str, flo
     looked at here.
 
     resources: others than CPUs that a cluster of our own is to have, by name
+    room: what else to say of a cluster of our own
     """
     if ray.is_initialized():
         yield Session(started=False)
@@ -92,7 +105,7 @@ def session(cpus: float, address: str | None = None, resources: Mapping[str, flo
             ray.shutdown()
         return
     before = _below()
-    notes = _start(cpus, resources or {})
+    notes = _start(cpus, resources or {}, room)
     rest = [Process.of(pid) for pid in _below() - before]
     with guarded():
         cluster = Session(started=True, notes=notes, own=_own(rest))
@@ -126,6 +139,7 @@ def _own(processes: Iterable[Process]) -> dict[str, Process]:
 
 def _connect(address: str) -> None:
     _one_error_only()
+    refuse_absent(address)
     refuse_strangers(address)
     _deaths_to_stderr()
     try:
@@ -134,13 +148,32 @@ def _connect(address: str) -> None:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 
 
-def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
+def refuse_absent(address: str) -> None:
+    """Raises RunError where nobody takes a connection at the address's host and port. Nothing is known where "auto"
+    finds no cluster: that is found out by joining.
+    """
+    where = address.rpartition("://")[2] if "://" in address else services.canonicalize_bootstrap_address(address)
+    if where is None:
+        return
+    host, _, port = where.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        why = f"no answer within {CONNECT_S:g} s" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        found = "" if where == address or "://" in address else f" (that is {where})"
+        raise RunError(
+            f"no Ray cluster at {address}{found}: a connection there was tried: {why}. Is Ray running (`ray status` on "
+            "its head), are host and port right (--address or RAY_ADDRESS), does the network let this machine through? "
+            "Without an address a local Ray is started"
+        ) from error
+
+
+def _start(cpus: float, resources: Mapping[str, float], room: str) -> tuple[str, ...]:
     asked = max(1, math.ceil(cpus))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    notes = [f"started a local Ray cluster with {asked} logical CPUs"]
-    if asked > cores:
+    notes = [f"started a local Ray cluster with {asked} logical CPUs{room}"]
+    if asked > cores():
         notes.append(
-            f"warning: the run asks for {asked} CPUs and this machine has {cores} cores: "
+            f"warning: the run asks for {asked} CPUs and this machine has {cores()} cores: "
             "the answer is the same, but the workers share the cores"
         )
     _private_token()

@@ -18,7 +18,8 @@ ASK_S = 5.0
 
 def refuse_strangers(address: str) -> None:
     """Raises RunError where the cluster at ``address`` ("auto", or host:port) refuses this process's token, or the want
-    of one. Says nothing where nobody answers, or where another kind of address is given: that is found out by joining.
+    of one, and where another service answers there. Says nothing where nobody answers, or where another kind of address
+    is given: that is found out by joining.
     """
     token = own_token()
     where = services.canonicalize_bootstrap_address(address) if "://" not in address else None
@@ -29,6 +30,9 @@ def refuse_strangers(address: str) -> None:
         try:
             channel.unary_unary(ASK)(b"", timeout=ASK_S, metadata=proof)
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                remedy = "give the port of Ray's head, 6379 unless `ray start` was given another"
+                raise RunError(f"what answers at {where} is no Ray cluster: {remedy}") from None
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return
             remedy = (

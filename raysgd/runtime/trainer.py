@@ -32,7 +32,7 @@ from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
 from raysgd.runtime.gang import Gang, shared_out
-from raysgd.runtime.session import Session, session, will_start
+from raysgd.runtime.session import Session, cores, session, will_start
 from raysgd.spec import RunConfig, RunSpec, ScalingConfig, TrainConfig
 from raysgd.storage import Storage
 
@@ -210,7 +210,8 @@ class Trainer:
         keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
         try:
             scaling = self.spec.scaling
-            joined = session(scaling.cpus, self.spec.run.address, scaling.resources)
+            room = scaling.local_room(cores())
+            joined = session(scaling.local_cpus(cores()), self.spec.run.address, scaling.resources, room)
             with joined as cluster, sigterm_interrupts():
                 for line in cluster.notes:
                     self.report.say(line)

@@ -206,10 +206,33 @@ def test_an_unsigned_category_beyond_int64(write: Write) -> None:
 
 
 def test_many_violations_are_counted(write: Write) -> None:
-    table = pa.table({"x": [float("inf")] * 30, "late": [0, 1] * 15})
-    found = violations(opened(write, table, rows=1))
+    table = pa.table({**{f"x{i}": [float("inf"), 1.0] for i in range(30)}, "late": [0, 1]})
+    found = violations(opened(write, table))
     assert len(found) == 21
     assert found[-1] == "and 10 more"
+
+
+def test_a_fault_of_many_row_groups_is_one_sentence(write: Write) -> None:
+    """With how many values in how many row groups there are, and the first place."""
+    table = pa.table(
+        {
+            "age": [None, 1.0, None, None, 2.0, None],
+            "{}": [1.0, None, None, 1.0, 1.0, 1.0],
+            "id": [2**53 + 1, 1, 2**54, 1, 1, 1],
+            "x": [1.0, 1.0, 1.0, 1.0, 1.0, float("inf")],
+            "late": [0, 1] * 3,
+        }
+    )
+    dataset = opened(write, table, rows=2)
+    found = [p.replace(dataset.where(0).partition("t.parquet")[0], "") for p in violations(dataset)]
+    remedy = 'set nulls = "impute" or "drop", or leave the column out'
+    assert found == [
+        f"column 'age' has 4 missing values (null or NaN) in 3 row groups, first in t.parquet, row group 0; {remedy}",
+        f"column '{{}}' has 2 missing values (null or NaN) in 2 row groups, first in t.parquet, row group 0; {remedy}",
+        "column 'id' has integers beyond 2^53 in 2 row groups, first in t.parquet, row group 0, such as "
+        "9007199254740993; use it as categorical, or write smaller",
+        "t.parquet, row group 2: column 'x' has 1 infinite values; write finite numbers",
+    ]
 
 
 def test_booleans_and_decimals_are_numbers(write: Write) -> None:

@@ -29,6 +29,7 @@ from raysgd.data.source import Preparation
 from raysgd.data.text import Dialect, TextFile, parse, pieces_of, read_lines
 from raysgd.errors import InputError
 from raysgd.prepared import prepare
+from raysgd.report import summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 N_ROWS = 5_000
@@ -237,6 +238,34 @@ def test_numbers_are_whole_where_all_are() -> None:
     assert table.schema.types == [pa.float64(), pa.string()]
 
 
+def test_leading_zeros_that_are_lost_are_told(tmp_path: Path) -> None:
+    """Where whole numbers were inferred; text, numbers such as 0.5 and a lone 0 lose nothing."""
+    lines = [f"{i:03d},x{i:03d},0.{i % 10},{i % 3},{i:03d}" for i in range(200)]
+    (tmp_path / "a.csv").write_text("\n".join(["zip,name,share,few,kept", *lines]) + "\n")
+    facts = prepare(Preparation(str(tmp_path / "a.csv"), types={"kept": "string"}), str(tmp_path / "out"))
+    assert facts["columns"]["zip"] == "int64"
+    (sentence,) = facts["warnings"]
+    assert sentence == (
+        "column 'zip' has values with leading zeros, as '000', and became whole numbers without them: "
+        "--type zip=string keeps codes as they are"
+    )
+    assert f"warning: {sentence}" in summary.prepared(facts)
+    again = prepare(Preparation(str(tmp_path / "a.csv"), types={"kept": "string"}), str(tmp_path / "out"))
+    assert (again["new"], again["warnings"]) == (False, [sentence])
+    whole = prepare(
+        Preparation(str(tmp_path / "a.csv"), types=dict.fromkeys(("kept", "zip"), "string")), f"{tmp_path}/b"
+    )
+    assert "warnings" not in whole
+
+
+def test_leading_zeros_are_looked_for_at_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a part of a file, which may end within a quoted value."""
+    monkeypatch.setattr("raysgd.data.text.ZEROS_BYTES", 60)
+    (tmp_path / "a.csv").write_text("zip,text\n" + "".join(f'{i:04d},"a\nb"\n' for i in range(1, 500)))
+    job = Preparation(str(tmp_path / "a.csv"), newlines_in_values=True)
+    assert prepare(job, str(tmp_path / "out"))["rows"] == 499
+
+
 def test_empty_text_is_missing_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('x,kind,late\n1,a,0\n2,,1\n,"",0\n3,NA,1\n')
     for missing, expected in ((False, ["", "", "NA", "a"]), (True, ["", "a"])):
@@ -270,6 +299,7 @@ KILLED = """
 import sys
 from raysgd.data.source import Preparation
 from raysgd.prepared import prepare
+from raysgd.report import summary
 prepare(Preparation(sys.argv[1], piece_bytes=20_000, file_rows=1_200, row_group_rows=300), sys.argv[2])
 """
 
