@@ -79,6 +79,8 @@ class StaleShard(ServerShard):
     ) -> None:
         super().__init__(*arguments, **named)
         self._rounds: dict[int, _Round] = {}
+        #: of a replica: pushes by their number that came before others
+        self._early: dict[int, Push] = {}
         self._on_seal = on_seal
         if tally is not None:
             self.clocks.steps[:] = tally.clocks
@@ -173,14 +175,16 @@ class StaleShard(ServerShard):
     def follow(self, sealed: Sealed | Applied) -> int:
         """As a replica, take over a push that the primary applied; how many were taken over, from the begin's step on.
 
-        One that is here already is passed over, and so is one that comes too early: it is said again.
+        One that is here already is passed over; one that comes too early waits for those before it.
         """
         assert isinstance(sealed, Applied)
-        if sealed.number == self.sequence:
-            self._accept(sealed.push)
+        if sealed.number >= self.sequence:
+            self._early[sealed.number] = sealed.push
+        while (push := self._early.pop(self.sequence, None)) is not None:
+            self._accept(push)
             assert self.diverged is None, "the primary applied it"
-            if len(self.commits) > 2 * KEPT_COMMITS:
-                del self.commits[:-KEPT_COMMITS]
+        if len(self.commits) > 2 * KEPT_COMMITS:
+            del self.commits[:-KEPT_COMMITS]
         return self.sequence
 
     def _timely(self, push: Tagged) -> Verdict:

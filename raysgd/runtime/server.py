@@ -63,6 +63,8 @@ class Server:
         #: the actor that follows this one on another node; whether this one follows another
         self.replica: Any = None
         self.follows = False
+        #: messages to the replica that it has not answered
+        self.sent = 0
 
     async def begin(self, make: Callable[..., ServerShard | SparseShard], span: Range, kept: Kept) -> Place:
         """Build the state machine, here because arrays that come through Ray are read-only.
@@ -121,7 +123,7 @@ class Server:
     async def followed_by(self, replica: Any, sequence: int) -> None:
         """From now on a step is told to others when this replica, which counts ``sequence``, has it, too."""
         with self.lock:
-            self.replica = replica
+            self.replica, self.sent = replica, 0
             self.shard.copied_to(sequence)
 
     async def alone(self) -> None:
@@ -156,6 +158,7 @@ class Server:
         assert self.loop is not None
         # By way of the loop: where the answer is there at once, a callback would run here, and the lock is taken.
         later, answered = self.loop.call_soon_threadsafe, partial(self._followed, replica)
+        self.sent += len(copied.outbox)
         for sealed in copied.outbox:
             replica.follow.remote(sealed).future().add_done_callback(partial(later, answered))
         copied.outbox.clear()
@@ -163,22 +166,24 @@ class Server:
     def _followed(self, replica: Any, future: Any) -> None:
         """The replica has answered, or cannot be reached; one that is dead is the driver's business."""
         error = future.exception()
-        if error is None:
-            with self.lock:
-                copied = self.shard.copied
-                if replica is not self.replica or copied is None:
-                    return
+        with self.lock:
+            copied = self.shard.copied
+            if replica is not self.replica or copied is None:
+                return
+            self.sent -= 1
+            if error is None:
                 backlogged = self.shard.backlogged
                 if copied.confirm(future.result()):
                     self._publish()
                 if backlogged and self.shared is not None:
                     self.shared.wake()
-        elif isinstance(error, ray.exceptions.ActorUnavailableError) and self.loop is not None:
-            self.loop.call_later(PAUSE_S, self._ship_again, replica)
+            lost = error is None or isinstance(error, ray.exceptions.ActorUnavailableError)
+            if lost and copied.unconfirmed and not self.sent and self.loop is not None:
+                self.loop.call_later(PAUSE_S, self._ship_again, replica)
 
     def _ship_again(self, replica: Any) -> None:
         with self.lock:
-            if replica is self.replica and self.shard.copied is not None:
+            if replica is self.replica and self.shard.copied is not None and not self.sent:
                 self.shard.copied.say_again()
                 self._ship()
 

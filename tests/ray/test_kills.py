@@ -255,8 +255,9 @@ def test_no_loss_is_borne_where_none_may_be(place: Path, disturb: Any) -> None:
     assert status_of(place / "runs" / "none-borne")["state"] == "failed"
 
 
-@pytest.mark.parametrize("staleness", [2, float("inf")])
-@pytest.mark.parametrize("order", ["server.applied@700:kill", "server.published@700:kill"])
+@pytest.mark.parametrize(
+    ("staleness", "order"), [(2, "server.applied@700:kill"), (float("inf"), "server.published@700:kill")]
+)
 def test_with_staleness_no_push_is_lost_or_doubled(
     place: Path, monkeypatch: pytest.MonkeyPatch, staleness: float, order: str
 ) -> None:

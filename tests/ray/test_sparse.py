@@ -111,8 +111,15 @@ def test_the_fitted_model_scores_as_the_run_did(place: Path) -> None:
     assert model.predict_proba(new).shape == (len(table), 2)
 
 
-@pytest.mark.parametrize("order", ["server.sealed", "server.applied", "server.published"])
-@pytest.mark.parametrize("variant", ["logistic-ftrl", "machine-momentum"])
+@pytest.mark.parametrize(
+    ("variant", "order"),
+    [
+        ("logistic-ftrl", "server.sealed"),
+        ("machine-momentum", "server.sealed"),
+        ("machine-momentum", "server.applied"),
+        ("logistic-ftrl", "server.published"),
+    ],
+)
 def test_a_killed_server_is_succeeded_by_its_spare(
     place: Path, monkeypatch: pytest.MonkeyPatch, variant: str, order: str
 ) -> None:
