@@ -67,7 +67,6 @@ class SparseSimulation(Simulation):
         return [commit for commit in found if commit.step >= self.told[index]]
 
     def make_shard(self, index: int, generation: Generation, **more: Any) -> Any:
-        assert not any(more.values())
         problem, span = self.problem, self.spans[index]
         return make_sparse_shard(
             index,
@@ -77,13 +76,11 @@ class SparseSimulation(Simulation):
             n_virtual=problem.n_virtual,
             seed=problem.seed,
             generation=generation,
+            **more,
         )
 
     def make_client(self, share: Share) -> SparseClient:
         return SparseClient(share.assignment, self.problem.n_virtual, self.spans, start=share.start, until=self.goal)
-
-    def tell(self, shard: int) -> None:
-        """Sparse shards have nothing to say to one another: the norm of the gradient is not limited."""
 
     def compute(self, seat: Seat, content: Touch | SparseCompute) -> list[Any]:
         touched: Touched = touch(self.learner, content.step, content.nodes, self.problem.batch)

@@ -182,7 +182,7 @@ def kind_of(seed: int) -> str:
 def schedule(seed: int, kind: str | None = None, **changes: float) -> Outcome:
     """One schedule. The seed decides what is trained, how many workers begin, and how many may carry at once."""
     kind = kind or kind_of(seed)
-    copied = kind == "copied" or (kind in ("clipped", "local", "ssp", "counted") and seed % 4 < 2)
+    copied = kind == "copied" or (kind in ("clipped", "local", "ssp", "counted", "sparse") and seed % 4 < 2)
     faults = Faults(seed, **{**EVERYTHING, **(COPIED if copied else {}), **changes})  # type: ignore[arg-type]
     most = 1 + (5 * seed + seed // V) % V
     return train(kind, n_workers=1 + seed % V, n_servers=N_SERVERS, faults=faults, most=most)

@@ -19,6 +19,9 @@ from raysgd.protocol.tree import is_node
 #: messages that a replica may lack before its primary takes nothing more, or as many as two steps have at most
 BACKLOG = 16
 
+#: records that a replica keeps: of what its primary may not have told the driver yet
+KEPT_COMMITS = 8192
+
 
 class Commit(NamedTuple):
     """The record of one sealed step. parts: (node, incarnations, rows) as they were accepted.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,13 @@ from raysgd.protocol.messages import Push
 if TYPE_CHECKING:
     from raysgd.protocol.gate import Commit
     from raysgd.protocol.tally import Tally
+
+
+class Message(Protocol):
+    """From a shard to its replica. number: messages are counted from the replica's own count on"""
+
+    @property
+    def number(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,16 +107,16 @@ class Copied:
 
     def __init__(self, version: int, clocks: Int64 | None = None) -> None:
         self.version, self.clocks = version, clocks
-        self.unconfirmed: dict[int, Sealed | Applied] = {}
+        self.unconfirmed: dict[int, Message] = {}
         #: what the replica must be told; whoever carries messages takes it from here
-        self.outbox: list[Sealed | Applied] = []
+        self.outbox: list[Message] = []
 
     @property
     def next(self) -> int:
         """The number of the next message."""
         return self.version + len(self.unconfirmed)
 
-    def say(self, message: Sealed | Applied) -> None:
+    def say(self, message: Message) -> None:
         """A step was sealed, or a push applied: the replica must have it.
 
         It can have it already from a primary that died before it was told so; under BSP a step is always the same.

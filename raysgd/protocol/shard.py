@@ -21,15 +21,12 @@ import numpy.typing as npt
 from raysgd.learn.batch import Float32, Float64, Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import Commit, Gate
+from raysgd.protocol.gate import KEPT_COMMITS, Commit, Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
 from raysgd.protocol.tree import Order, Partial, TreeSum, add_up, additions, is_node
 from raysgd.protocol.update import Rule, Update, clip_factor
-
-#: records that a replica keeps: of what its primary may not have told the driver yet
-KEPT_COMMITS = 8192
 
 
 class ServerShard(Gate[TreeSum]):

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from raysgd.learn.batch import Float32, Int32
+from raysgd.learn.batch import Float32, Int32, Int64
 from raysgd.learn.compact import Index
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import Commit, Gate
+from raysgd.protocol.gate import KEPT_COMMITS, Commit, Gate
 from raysgd.protocol.generation import Generation, finite
 from raysgd.protocol.messages import Gone, Halted, NotYet, PushReply, Verdict
+from raysgd.protocol.replica import Copied
 from raysgd.protocol.sparse import SparsePull, SparsePulled, SparsePush, SparseSum
 from raysgd.protocol.update import Rule
 
@@ -96,6 +98,32 @@ class Store:
             pass
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SealedRecord:
+    """From a sparse shard to its replica: the record of a step that it sealed."""
+
+    shard: int
+    record: Record
+
+    @property
+    def number(self) -> int:
+        return self.record.commit.step
+
+
+@dataclass(frozen=True, slots=True)
+class SparseCopy:
+    """What a successor or a replica begins with: arrays, what takes them to the newest version, and the records of
+    commits that the driver was not told of yet."""
+
+    arrays: Generation
+    record: Record | None
+    commits: list[Commit]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a shard takes that begins with it."""
+        return {"generation": self.arrays, "record": self.record, "commits": self.commits}
+
+
 class SparseShard(Gate[SparseSum]):
     """The state machine of one server shard: requests in, replies out; it never waits."""
 
@@ -129,6 +157,47 @@ class SparseShard(Gate[SparseSum]):
         return self.store.version
 
     @property
+    def told(self) -> int:
+        """The newest version that anybody may know of: where there is a replica, it holds that too."""
+        return self.version if self.copied is None else min(self.version, self.copied.version)
+
+    @property
+    def told_clocks(self) -> Int64:
+        """As of every shard; not beyond what the replica holds, too."""
+        return np.minimum(super().told_clocks, self.told)
+
+    def freeze(self) -> int:
+        """As of every shard; not beyond what the replica holds, too."""
+        return min(super().freeze(), self.told)
+
+    def drain(self, since: int) -> list[Commit]:
+        """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
+        told = self.told
+        return [c for c in super().drain(since) if c.step < told]
+
+    def copy(self) -> SparseCopy:
+        """All that a replica begins with; until it says that it has that, the shard goes on alone."""
+        self.copied = None
+        return SparseCopy(self.snapshot(self.version), self.store.record, list(self.commits))
+
+    def copied_to(self, sequence: int) -> None:
+        """As of every shard. A successor can be a step further than the replica: the record says which."""
+        self.copied, record = Copied(sequence), self.store.record
+        if record is not None and record.commit.step >= sequence:
+            self.copied.say(SealedRecord(self.index, record))
+
+    def follow(self, sealed: SealedRecord) -> int:
+        """As a replica, take over a step that the primary sealed; the version that is here now.
+
+        A step that is here already is passed over, and so is one that comes too early: it is said again.
+        """
+        if sealed.number == self.version:
+            self._seal(sealed.record)
+            if len(self.commits) > 2 * KEPT_COMMITS:
+                del self.commits[:-KEPT_COMMITS]
+        return self.version
+
+    @property
     def sequence(self) -> int:
         """As :class:`~raysgd.protocol.shard.ServerShard` counts: here the version."""
         return self.store.version
@@ -145,7 +214,7 @@ class SparseShard(Gate[SparseSum]):
 
     def pull(self, pull: SparsePull) -> SparsePulled | NotYet | Gone | Halted:
         """The values at exactly the version asked for."""
-        if pull.version > self.version:
+        if pull.version > self.told:
             return self._later(pull.version)
         record = self.store.record
         if pull.version < self.version - (record is not None):
@@ -180,12 +249,17 @@ class SparseShard(Gate[SparseSum]):
         if not all(map(finite, record.new.values())):
             self.diverged = self.version
             return
+        self._seal(record)
+        if self.copied is not None:
+            self.copied.say(SealedRecord(self.index, record))
+        self._pending = SparseSum(self.n_virtual)
+        self._pending_incarnations = {}
+
+    def _seal(self, record: Record) -> None:
         self.store.seal(record)
         self.store.recover()
         self.commits.append(record.commit)
         self.clocks.advance(Range(0, self.n_virtual))
-        self._pending = SparseSum(self.n_virtual)
-        self._pending_incarnations = {}
 
     def _record(self) -> Record:
         """Old and new values of the coordinates that the step touches."""

@@ -20,11 +20,11 @@ from typing import Any
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import Commit, Tagged
+from raysgd.protocol.gate import KEPT_COMMITS, Commit, Tagged
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Halted, NotYet, Pull, Pulled, Push, Verdict
 from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
-from raysgd.protocol.shard import KEPT_COMMITS, ServerShard
+from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.tally import CARRIED, Part, Tally
 
 

@@ -24,7 +24,7 @@ from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.kept import Kept
 from raysgd.protocol.replica import begin_with
-from raysgd.protocol.sparse_shard import Record
+from raysgd.protocol.sparse_shard import SparseCopy
 from raysgd.protocol.tally import Tally
 from raysgd.runtime.pushes import Pushes
 from raysgd.runtime.segment import ASLEEP, Address, Segment
@@ -157,7 +157,7 @@ class Board:
         entry[2 : 2 + len(square_sums)] = square_sums
         entry[0] = step
 
-    def survives(self, since: int) -> Remains:
+    def survives(self, since: int) -> Remains | SparseCopy:
         """What a successor finds after the death of the server: call it when nobody writes any more.
 
         Raises RunError where its records do not tell of all steps from ``since`` on.
@@ -179,14 +179,14 @@ class Board:
         norms = (version - 1, entry[2 : 2 + int(entry[1])].copy()) if entry[0] == version - 1 >= 0 else None
         return Remains(newest, previous, self._recorded(since, version), norms=norms)
 
-    def _survives_in_place(self, sealed: SparseRecord, since: int) -> Remains:
+    def _survives_in_place(self, sealed: SparseRecord, since: int) -> SparseCopy:
         """Of arrays that are written in place: as they are, and the record that takes them to the newest version."""
         version, record = self.words[NEWEST], sealed.survives()
         arrays = Generation(version, self.params[0], self.state[0])
         commits = self._recorded(since, version)
         if record is not None and record.version == version + 1:
             commits.append(record.commit)
-        return Remains(arrays, commits=commits, record=record, in_place=True)
+        return SparseCopy(arrays, record, commits)
 
     def _recorded(self, since: int, version: int) -> list[Commit]:
         """The commits of steps [since, version). Raises RunError where one is not kept any more."""
@@ -205,7 +205,7 @@ class Remains:
     """What is left of a server in its board: views.
 
     commits: the newest, without who took part in them;  tally: what is in the newest generation, where staleness is
-    allowed;  record: what takes it to the newest version, where it is written ``in_place``
+    allowed
     norms: the step that the newest generation is of, and the shard's part of its gradient's norm
     """
 
@@ -213,13 +213,9 @@ class Remains:
     previous: Generation | None = None
     commits: list[Commit] = field(default_factory=list)
     tally: Tally | None = None
-    record: Record | None = None
-    in_place: bool = False
     norms: tuple[int, Float64] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """What a shard takes that begins with it."""
-        if self.in_place:
-            return {"generation": self.newest, "record": self.record, "commits": self.commits}
         found = begin_with(self.newest, self.previous, self.commits, self.tally)
         return found if self.norms is None else {**found, "last_norms": self.norms}

@@ -22,10 +22,10 @@ from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.kept import Kept
 from raysgd.protocol.messages import Norms, NotYet, Pull, Push, Reply, Request
-from raysgd.protocol.replica import Applied, Copy, Sealed
+from raysgd.protocol.replica import Copy, Message
 from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.sparse import SparsePush
-from raysgd.protocol.sparse_shard import SparseShard
+from raysgd.protocol.sparse_shard import SparseCopy, SparseShard
 from raysgd.protocol.tally import Tally
 from raysgd.runtime.board import Board, BoardAddress
 from raysgd.runtime.calls import untold
@@ -107,15 +107,17 @@ class Server:
 
     # -- replicas
 
-    async def copy(self) -> Copy:
+    async def copy(self) -> Copy | SparseCopy:
         """All that a replica begins with; from here on this server goes on alone."""
         with self.lock:
-            copy: Copy = self.shard.copy()
+            copy: Copy | SparseCopy = self.shard.copy()
             self.replica = None
             self._publish()
         return copy
 
-    async def follow_from(self, copy: Copy, make: Callable[..., ServerShard], span: Range, kept: Kept) -> Place:
+    async def follow_from(
+        self, copy: Copy | SparseCopy, make: Callable[..., ServerShard], span: Range, kept: Kept
+    ) -> Place:
         """Become the replica of the server whose copy this is."""
         self.follows = True
         return await self.begin(partial(make, **copy.arguments()), span, kept)
@@ -133,7 +135,7 @@ class Server:
             self._publish()
 
     @untold
-    async def follow(self, sealed: Sealed | Applied | None) -> int:
+    async def follow(self, sealed: Message | None) -> int:
         """As a replica, take over a step, or a push (None: nothing); what it counts then. Who was promoted follows
         nobody."""
         if not self.follows:

@@ -266,7 +266,7 @@ class SparseSharedServer:
         self._recorded = self.board.record(shard.commits, self._recorded)
         words[FROZEN] = shard.frozen
         words[DIVERGED] = -1 if shard.diverged is None else shard.diverged
-        words[NEWEST] = shard.version
+        words[NEWEST] = shard.told
         for address, slots in self._workers:
             self._ringer.ring(address.bell, slots.segment.words)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from raysgd.protocol.replica import Applied, Followed, Sealed
+from raysgd.protocol.replica import Followed
 from raysgd.simulate import servers
 
 if TYPE_CHECKING:
@@ -29,15 +29,17 @@ class Between:
     """A message between a primary and its replica, to or from this process of it."""
 
     number: int
-    content: Sealed | Applied | Followed
+    content: Any
 
     @property
     def shard(self) -> int:
-        return self.content.shard
+        shard: int = self.content.shard
+        return shard
 
     @property
     def version(self) -> int:
-        return self.content.version if isinstance(self.content, Followed) else self.content.number
+        number: int = self.content.version if isinstance(self.content, Followed) else self.content.number
+        return number
 
 
 def fill(sim: Simulation) -> None:
