@@ -14,7 +14,6 @@ from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
-from raysgd.interrupts import sigterm_interrupts
 from raysgd.learn.models.base import Model
 from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -210,8 +209,7 @@ class Trainer:
         keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
         try:
             scaling = self.spec.scaling
-            joined = session(scaling.cpus, self.spec.run.address, scaling.resources)
-            with joined as cluster, sigterm_interrupts():
+            with session(scaling.cpus, self.spec.run.address, scaling.resources) as cluster:
                 for line in cluster.notes:
                     self.report.say(line)
                 self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())

@@ -241,15 +241,27 @@ def test_interrupted_at_a_boundary(
     assert status_of(run)["attempt"] == (1 if (when, step) == ("after", END) else 2)
 
 
-def test_interrupted_at_the_start(disturbed: Any) -> None:
+@pytest.mark.parametrize("first", ["gcs_server", "raylet"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_at_the_start(disturbed: Any, number: signal.Signals, code: int, first: str) -> None:
     """While Ray starts there is no run to save yet; nothing is left all the same."""
     run = disturbed()
-    wait_for("Ray's first process", lambda: any("gcs_server" in c for c in run.process.living().values()))
-    os.killpg(run.process.process.pid, signal.SIGINT)
-    assert run.process.wait() == 130, run.process.text
+    wait_for(f"Ray's {first}", lambda: any(c.split(" ")[0].endswith(first) for c in run.process.living().values()))
+    os.killpg(run.process.process.pid, number)
+    assert run.process.wait() == code, run.process.text
     run.process.gone()
-    assert status_of(run.run)["state"] == "interrupted"
+    status = status_of(run.run)
+    assert (status["state"], status["exit_code"]) == ("interrupted", code)
     assert run.saved() == []
+
+
+def test_killed_at_the_start(disturbed: Any) -> None:
+    """Ray's agents have just begun: they would wait for a raylet that is dead."""
+    run = disturbed()
+    wait_for("an agent of Ray's", lambda: any("gent" in c for c in run.process.living().values()))
+    run.process.process.kill()
+    assert run.process.wait() == -signal.SIGKILL, run.process.text
+    run.process.gone()
 
 
 def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
