@@ -107,6 +107,15 @@ class Ledger:
             raise SaveError(f"{where} could not be written: {error.strerror or error}; make room there") from error
 
 
+def last_attempt(storage: Storage) -> int:
+    """The greatest attempt of which the ledger tells; 0 where there is none, or one that will be put aside."""
+    try:
+        found = parse(storage.read(NAME)).lines
+    except (FileNotFoundError, InputError):
+        return 0
+    return max((line.attempt for line in found), default=0)
+
+
 def _begun(storage: Storage) -> Parsed:
     """What attempts before this one wrote; a line whose writing was interrupted is cut off.
 

@@ -92,4 +92,5 @@ def read(storage: Storage) -> Status | None:
         return None
     known = {f.name: found[f.name] for f in fields(Status) if f.name in found}
     fits = all(isinstance(value, _TYPES.get(key, str | None)) for key, value in known.items())
+    fits = fits and known.get("attempt", 1) >= 1 and known.get("step", 0) >= 0
     return Status(**known) if fits else None

@@ -15,18 +15,16 @@ from raysgd.data.dataset import ArrowDataset, counted
 from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
 from raysgd.learn.models.base import Model
-from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 from raysgd.outlook import outlook
 from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
 from raysgd.protocol.membership import backoff
 from raysgd.report import metrics_log, status
-from raysgd.report.curve import Curve
 from raysgd.report.metrics_log import MetricsLog
 from raysgd.report.plot import loss_curve
 from raysgd.report.progress import Report, report_to
 from raysgd.report.status import Status
-from raysgd.resume import Beginning, beginning, clear, forget_diverging
+from raysgd.resume import PICTURE, Beginning, beginning, clear, close_books, complete, curve_from, forget_diverging
 from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
@@ -40,9 +38,6 @@ START_TIMEOUT_S = 180.0
 
 #: how often a run that diverges halves its learning rate before it gives up
 HALVINGS = 10
-
-#: lines of the loss curve an epoch, unless ``log_every`` says otherwise
-LINES_PER_EPOCH = 20
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,10 @@ class Trainer:
             )
             for line in (*tables.train.describe(), *begin.notes):
                 self.report.say(line)
-            if plan is not None and _complete(begin, plan):
+            if plan is not None and complete(begin, plan):
+                close_books(storage, begin, plan)
+                if not storage.exists(PICTURE):
+                    self._draw()
                 self.report.say(f"nothing to do: {storage.uri} has reached step {begin.step:,}")
                 return self._result()
             if plan is not None:
@@ -298,7 +296,7 @@ class Trainer:
         with MetricsLog(self._storage) as log:
             log.rewind(begin.step, validated=bool(begin.scores))
             attempt = Attempt(
-                plan, self._storage, self.report, self._curve(log, begin, plan), gang, begin.attempt, keeper.saved
+                plan, self._storage, self.report, curve_from(log, begin, plan), gang, begin.attempt, keeper.saved
             )
             attempt.scores = begin.scores
             if begin.checkpoint is not None:
@@ -339,20 +337,6 @@ class Trainer:
         found = gather(calls, "the statistics pass", gang.refuse_hung)
         return plan_from_statistics(self.spec, tables, [s for share in found for s in share])
 
-    def _curve(self, log: MetricsLog, begin: Beginning, plan: Plan) -> Curve:
-        every = self.spec.run.log_every
-        steps = plan.steps_per_epoch
-        return Curve(
-            log,
-            step=begin.step,
-            begun=None if begin.checkpoint is None else begin.checkpoint.manifest.get("curve"),
-            log_every=max(1, steps // LINES_PER_EPOCH) if every is None else steps_in(every, steps),
-            steps_per_epoch=steps,
-            rows_per_epoch=plan.sampler.n_rows,
-            batch_size=self.spec.train.batch_size,
-            mean_weight=plan.mean_weight,
-        )
-
     def _draw(self) -> None:
         """The loss curve beside the metrics; a run does not fail for want of a drawing library."""
         try:
@@ -360,7 +344,7 @@ class Trainer:
         except InputError as error:
             self.report.say(f"no picture of the loss curve: {error}")
             return
-        self._storage.write_atomic("loss.png", picture)
+        self._storage.write_atomic(PICTURE, picture)
 
     def _result(self) -> Result:
         last = checkpoints.load(self._storage, "last")
@@ -371,12 +355,6 @@ class Trainer:
         standing = status.read(self._storage)
         stopped = standing is not None and standing.total_steps is not None and last.step < standing.total_steps
         return Result(metrics, last.path, self._storage.uri, last.digest(), last.step, stopped, history)
-
-
-def _complete(begin: Beginning, plan: Plan) -> bool:
-    """Whether nothing is left to do: the last step is saved, and was validated where there is data for it."""
-    validated = bool(begin.scores) or plan.tables.validation is None
-    return begin.step > plan.end_step or (begin.step == plan.end_step and validated)
 
 
 class _Keeper:
