@@ -73,10 +73,14 @@ class Status:
 
 
 def write(storage: Storage, status: Status, now: Callable[[], float] = time.time) -> Status:
-    """Replaces ``status.json``; returns the status with the time of this change and, the first time, of the start."""
+    """Replaces ``status.json``; returns the status with the time of this change and, the first time, of the start.
+
+    Raises SaveError where it cannot be written.
+    """
     moment = utc(now())
     stamped = replace(status, started=status.started or moment, updated=moment)
-    storage.write_atomic(NAME, (json.dumps(asdict(stamped), indent=1, allow_nan=False) + "\n").encode())
+    with storage.saving(NAME):
+        storage.write_atomic(NAME, (json.dumps(asdict(stamped), indent=1, allow_nan=False) + "\n").encode())
     return stamped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from raysgd import checkpoint as checkpoints
 from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
-from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
+from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError, SaveError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
 from raysgd.learn.models.base import Model
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
@@ -163,8 +164,8 @@ class Trainer:
         Interrupted after Ctrl-C or SIGTERM; the run can then be continued by the same call.
         """
         tables, _ = self._open()
-        storage = self._storage
-        with storage.lock():
+        with self._storage.lock() as storage:
+            self._storage = storage
             # Once more: another process may have ended the run before the lock was ours.
             begin = beginning(storage, self.spec, tables, self.fresh)
             if self.fresh:
@@ -204,14 +205,15 @@ class Trainer:
 
     def _attempt(self, tables: Tables, begin: Beginning, plan: Plan | None) -> None:
         """Run one attempt; whatever happens is in status.json before it is raised."""
-        keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
+        keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt), self.report.say)
         try:
             scaling = self.spec.scaling
             with session(scaling.cpus, self.spec.run.address, scaling.resources) as cluster:
                 for line in cluster.notes:
                     self.report.say(line)
-                self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
-                keeper.move("running")
+                with self._storage.saving("config.toml"):
+                    self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
+                keeper.tell("running")
                 losses = 0
                 while (lost := self._lives(cluster, tables, begin, plan, keeper)) is not None:
                     cluster.check()
@@ -227,12 +229,12 @@ class Trainer:
             saved = keeper.status.step
             where = f"from the checkpoint of step {saved:,}" if saved else "at the beginning"
             message = f"interrupted; the same command continues {where}"
-            keeper.move("interrupted", exit_code=code, message=message)
+            keeper.tell("interrupted", exit_code=code, message=message)
             raise Interrupted(code, message) from None
         except BaseException as error:
             code = 2 if isinstance(error, InputError) else 1
             message = str(error) if isinstance(error, RaysgdError) else repr(error)
-            keeper.move("failed", exit_code=code, message=message)
+            keeper.tell("failed", exit_code=code, message=message)
             raise
         finally:
             self.report.close()
@@ -292,8 +294,8 @@ class Trainer:
         self._plan = plan
         for line in plan.describe():
             self.report.say(line)
-        keeper.move("running", total_steps=plan.total_steps)
-        with MetricsLog(self._storage) as log:
+        keeper.tell("running", total_steps=plan.total_steps)
+        with MetricsLog(self._storage, say=self.report.say) as log:
             log.rewind(begin.step, validated=bool(begin.scores))
             attempt = Attempt(
                 plan, self._storage, self.report, curve_from(log, begin, plan), gang, begin.attempt, keeper.saved
@@ -341,10 +343,10 @@ class Trainer:
         """The loss curve beside the metrics; a run does not fail for want of a drawing library."""
         try:
             picture = loss_curve({str(self.spec.run.name): metrics_log.read(self._storage)})
-        except InputError as error:
+            with self._storage.saving(PICTURE):
+                self._storage.write_atomic(PICTURE, picture)
+        except (InputError, SaveError) as error:
             self.report.say(f"no picture of the loss curve: {error}")
-            return
-        self._storage.write_atomic(PICTURE, picture)
 
     def _result(self) -> Result:
         last = checkpoints.load(self._storage, "last")
@@ -360,15 +362,29 @@ class Trainer:
 class _Keeper:
     """Writes status.json at every change."""
 
-    def __init__(self, storage: Storage, first: Status) -> None:
+    def __init__(self, storage: Storage, first: Status, say: Callable[[str], None]) -> None:
         self.storage = storage
         self.status = first
+        self._say = say
+        self._warned = False
         self._lock = threading.Lock()
 
     def move(self, state: status.State, **changes: Any) -> None:
+        """Raises SaveError where it cannot be written."""
         with self._lock:
-            self.status = status.write(self.storage, self.status.moved(state, **changes))
+            self.status = self.status.moved(state, **changes)
+            self.status = status.write(self.storage, self.status)
+
+    def tell(self, state: status.State, **changes: Any) -> None:
+        """The same, where what is told matters more than that it is written down: with a warning, once."""
+        try:
+            self.move(state, **changes)
+            self._warned = False
+        except RunError as error:
+            if not self._warned and str(error) != self.status.message:
+                self._say(f"warning: {error}")
+            self._warned = True
 
     def saved(self, step: int, digest: str) -> None:
         """A checkpoint of ``step`` is published; told by the thread that wrote it."""
-        self.move("running", step=step, digest=digest)
+        self.tell("running", step=step, digest=digest)
