@@ -6,8 +6,10 @@ by the same arguments, on the cluster that the tests share.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from ray_runs import (
     write_table,
 )
 
-from raysgd import checkpoint, cli
+from raysgd import checkpoint, cli, storage
 from raysgd.audit import Ledger, audit
 from raysgd.errors import DivergedError
 from raysgd.report.curve import Curve
@@ -273,6 +275,47 @@ def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
     run.ended("interrupted", 143)
     assert not (tmp_path / ".ray").exists()
     run.continues(undisturbed)
+
+
+def test_moved_away(disturbed: Any, undisturbed: Path) -> None:
+    """Whoever lost the directory ends and makes no other; where it lies now, the run can go on."""
+    run = disturbed()
+    run.until_mid_segment()
+    away = run.run.with_name("away")
+    run.run.rename(away)
+    assert run.process.wait() == 1, run.process.text
+    run.process.gone()
+    assert run.process.text.count("was moved or deleted while this process wrote there") == 1, run.process.text
+    assert not run.run.exists()
+    away.rename(run.run)
+    run.continues(undisturbed)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("late", "writer"), [("metrics.jsonl", "_append_local"), ("status.json", "_replace_local")])
+def test_a_full_disk_amid_its_books(
+    undisturbed: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    late: str,
+    writer: str,
+) -> None:
+    """Neither a line of the curve nor the status is worth the run: they are written later, with a warning."""
+    run, write, count = place / "runs" / f"full-{late}", getattr(storage, writer), Counter[str]()
+
+    def full(path: Path, *given: Any) -> None:
+        count[path.name] += 1
+        if path.name == late and count[late] in (2, 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *given)
+
+    monkeypatch.setattr(storage, writer, full)
+    assert cli.main([word for word in arguments(place, run.name) if word != "-q"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"warning: {run}/{late} could not be written: No space left on device; make room there") == 1
+    assert (status_of(run)["state"], status_of(run)["digest"]) == ("succeeded", status_of(undisturbed)["digest"])
+    assert curve(run) == curve(undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["Worker", "Server"])
