@@ -59,15 +59,14 @@ def beginning(storage: Storage, spec: RunSpec, tables: Tables, fresh: bool) -> B
     """
     storage.refuse_unwritable()
     try:
+        storage.refuse_occupied(OWN_FILES)
         before, present = status.read(storage), checkpoints.steps(storage)
+        attempts = (before.attempt if before else 0, checkpoints.last_attempt(storage), ledger_attempt(storage))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for a path that its store cannot have
         raise InputError(f"{storage.uri} cannot be read: {error}; choose another storage path") from error
-    attempt = (
-        1
-        if fresh
-        else 1
-        + max(0 if before is None else before.attempt, checkpoints.last_attempt(storage), ledger_attempt(storage))
-    )
+    attempt = 1 if fresh else max(attempts) + 1
     if fresh or not present:
         return Beginning(attempt, None)
     found = checkpoints.load(storage, "last")

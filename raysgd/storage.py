@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -211,6 +211,16 @@ class Storage:
         except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for a path that its store cannot have
             why = getattr(error, "strerror", None) or error
             raise InputError(f"{self.uri} cannot be written: {why}; choose another storage path") from error
+
+    def refuse_occupied(self, names: Sequence[str]) -> None:
+        """Raises InputError where something else than a file has one of these names, as a directory or a pipe."""
+        infos = self.filesystem.get_file_info([self.path(name) for name in names])
+        kinds = {FileType.Directory: "a directory", FileType.Unknown: "no file"}
+        found = [(name, kinds[info.type]) for name, info in zip(names, infos, strict=True) if info.type in kinds]
+        if found:
+            raise InputError(
+                [f"{self.uri}/{name} is {kind}: move it away, or choose another --name" for name, kind in found]
+            )
 
     def _probe(self) -> None:
         made = None
