@@ -132,6 +132,24 @@ def test_values_that_only_all_rows_together_show(refused: Refused, changes: dict
     assert sentence == part
 
 
+@pytest.mark.parametrize(
+    ("changes", "nulls", "why"),
+    [
+        ({"weight": [0.0] * 60}, "refuse", "weights of 0 in column 'weight' (in float32, where 1e-46 is 0, too)"),
+        ({"weight": [1e-46] * 60}, "refuse", "weights of 0 in column 'weight'"),
+        ({"delay": [math.nan] * 60}, "drop", 'nulls = "drop" leaves out each that misses a value and weights of 0'),
+    ],
+    ids=["zero", "vanishing", "dropped"],
+)
+@pytest.mark.usefixtures("here")
+def test_validation_data_that_weighs_nothing(refused: Refused, changes: dict[str, Any], nulls: str, why: str) -> None:
+    """Before step 1: the untrained model is scored first."""
+    write("valid/a.parquet", **changes)
+    (sentence,) = refused("--set", f"data.nulls={nulls}")
+    assert sentence.startswith(f"{Path.cwd()}/valid/a.parquet: no row has a weight, so there is no loss: {why}")
+    assert sentence.endswith("; give rows that count")
+
+
 @pytest.mark.usefixtures("here")
 def test_a_damaged_row_group_behind_a_valid_footer(refused: Refused) -> None:
     path = Path("train/b.parquet")
