@@ -18,7 +18,7 @@ from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
-from raysgd.interrupts import sigterm_interrupts, undisturbed
+from raysgd.interrupts import heard_at_last, sigterm_interrupts, undisturbed
 from raysgd.learn.checks import address_problems
 from raysgd.learn.threads import SINGLE_THREADED
 from raysgd.runtime.guard import descendants, guarded, take_along
@@ -143,7 +143,7 @@ def _connect(address: str) -> None:
     refuse_strangers(address)
     _deaths_to_stderr()
     try:
-        with _sigterm_stays_ours():
+        with _sigterm_stays_ours(), heard_at_last():
             ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
@@ -162,7 +162,7 @@ def _start(cpus: float, resources: Mapping[str, float]) -> tuple[str, ...]:
     _one_error_only()
     _deaths_to_stderr()
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    with _sigterm_stays_ours():
+    with _sigterm_stays_ours(), heard_at_last():
         ray.init("local", num_cpus=asked, resources=dict(resources), **options)
     return tuple(notes)
 
