@@ -15,7 +15,7 @@ from typing import Any
 
 from raysgd import checkpoint as checkpoints
 from raysgd import config
-from raysgd.errors import CheckpointError, InputError, RaysgdError, SaveError
+from raysgd.errors import CheckpointError, InputError, RaysgdError
 from raysgd.interrupts import held_off
 from raysgd.plan import open_tables, plan_from_manifest
 from raysgd.protocol.gate import Commit
@@ -100,11 +100,17 @@ class Ledger:
         return {"lines": self._count, "sha": self._sha}
 
     def _append(self, text: str) -> None:
-        try:
+        with self._storage.saving(NAME):
             self._storage.append(NAME, text, sync=True)
-        except OSError as error:
-            where = f"{self._storage.uri}/{NAME}"
-            raise SaveError(f"{where} could not be written: {error.strerror or error}; make room there") from error
+
+
+def last_attempt(storage: Storage) -> int:
+    """The greatest attempt of which the ledger tells; 0 where there is none, or one that will be put aside."""
+    try:
+        found = parse(storage.read(NAME)).lines
+    except (FileNotFoundError, InputError):
+        return 0
+    return max((line.attempt for line in found), default=0)
 
 
 def _begun(storage: Storage) -> Parsed:
@@ -119,11 +125,13 @@ def _begun(storage: Storage) -> Parsed:
     try:
         found = parse(data)
     except InputError:
-        storage.write_atomic(DAMAGED, data)
-        storage.write_atomic(NAME, b"")
+        with storage.saving(DAMAGED):
+            storage.write_atomic(DAMAGED, data)
+            storage.write_atomic(NAME, b"")
         return nothing
     if found.torn:
-        storage.write_atomic(NAME, data[: data.rfind(b"\n") + 1])
+        with storage.saving(NAME):
+            storage.write_atomic(NAME, data[: data.rfind(b"\n") + 1])
     return found
 
 

@@ -213,6 +213,11 @@ def forget(storage: Storage, after: int) -> None:
             _delete(storage, name(step, edition))
 
 
+def last_attempt(storage: Storage) -> int:
+    """The greatest attempt that a checkpoint is of; 0 where there is none."""
+    return max(map(_attempt, _manifests(storage, []).values()), default=0)
+
+
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """The bytes of ``manifest.json``: JSON whose last key, ``sha256``, is that of the bytes before it.
 

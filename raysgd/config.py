@@ -236,6 +236,8 @@ def _value(text: str) -> Any:
 
 def _put(tables: Table, dotted: str, value: Any) -> list[str]:
     *parents, key = dotted.split(".")
+    if dotted in SECTIONS:
+        return [f"--set needs section.key=value, got {dotted!r}, a whole section: set its keys one by one"]
     if not parents or not all((*parents, key)):
         owners = [f"{section}.{dotted}" for section, names in _known_keys().items() if dotted in names]
         return [f"--set needs section.key=value, got {dotted!r}; {nearest(dotted, owners or SECTIONS)}"]

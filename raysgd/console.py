@@ -134,8 +134,7 @@ def calls_by(num_workers: int, address: str | None, quiet: bool) -> Iterator[Any
         if not quiet:
             click.echo(line, err=True)
 
-    # Ray takes SIGTERM for itself when it is connected: afterwards it is ours again.
-    with tasks(num_workers, address, said) as carried, sigterm_interrupts():
+    with tasks(num_workers, address, said) as carried:
         yield carried
 
 

@@ -27,7 +27,7 @@ from raysgd.errors import CheckpointError, InputError
 from raysgd.learn.batch import Float32, Float64
 from raysgd.learn.metrics import BlockScore, combine, pooled
 from raysgd.learn.models.base import ValueAndGrad
-from raysgd.scoring import score_shard
+from raysgd.scoring import refuse_no_loss, score_shard
 from raysgd.sections import model_from_dict
 from raysgd.storage import Storage
 
@@ -89,7 +89,7 @@ class FittedModel:
         whoever scores them.
 
         "loss", "rows", and "accuracy", "auc" or "rmse" where they apply; "unseen": category values that training
-        did not see.
+        did not see. Raises InputError where no row weighs anything.
         """
         spec = data if isinstance(data, ArrowDataset) else ArrowDataset(data)
         dataset = open_dataset(replace(spec, nulls=self.encoder.nulls), self.encoder.columns)
@@ -103,7 +103,9 @@ class FittedModel:
             done, unseen = done + shard.rows, unseen + absent
             if on_rows is not None:
                 on_rows(done, dataset.n_rows)
-        return {**combine(blocks), "unseen": unseen}
+        metrics = combine(blocks)
+        refuse_no_loss(metrics, dataset)
+        return {**metrics, "unseen": unseen}
 
     def predict_file(
         self,

@@ -60,6 +60,28 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 @contextmanager
+def heard_at_last() -> Iterator[None]:
+    """A signal in the block is heard at once, and where nothing came of that, at its end.
+
+    Python passes over what is raised while a process is forked or an object is deleted; Ray's start forks a lot.
+    """
+    if not _is_main():
+        yield
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in ASKED}
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        before[number](number, frame)
+
+    with _handled({number: hear for number, handler in before.items() if callable(handler)}):
+        yield
+    for number in heard:
+        before[number](number, None)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Neither Ctrl-C nor SIGTERM is heard in the block: it cleans up after one."""
     if not _is_main():

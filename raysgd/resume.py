@@ -1,4 +1,4 @@
-"""What to do with a run directory that may already hold a run: begin, continue, or refuse. No Ray."""
+"""What to do with a run directory that may already hold a run: begin, continue, refuse, or finish its books. No Ray."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ from typing import Any
 from raysgd import checkpoint as checkpoints
 from raysgd.audit import DAMAGED as DAMAGED_LEDGER
 from raysgd.audit import NAME as LEDGER
+from raysgd.audit import last_attempt as ledger_attempt
 from raysgd.checkpoint import Checkpoint
 from raysgd.errors import InputError
-from raysgd.plan import Tables
+from raysgd.learn.schedules import steps_in
+from raysgd.plan import Plan, Tables
 from raysgd.report import metrics_log, status
+from raysgd.report.curve import Curve
+from raysgd.report.metrics_log import MetricsLog
+from raysgd.report.status import Status
 from raysgd.spec import RunSpec, differences
 from raysgd.storage import Storage
 
+#: the loss curve as a picture
+PICTURE = "loss.png"
+
 #: what --fresh deletes: the files that raysgd writes, and nothing else that may lie there
-OWN_FILES = (LEDGER, DAMAGED_LEDGER, metrics_log.NAME, status.NAME, "config.toml", "loss.png")
+OWN_FILES = (LEDGER, DAMAGED_LEDGER, metrics_log.NAME, status.NAME, "config.toml", PICTURE)
+
+#: lines of the loss curve an epoch, unless ``log_every`` says otherwise
+LINES_PER_EPOCH = 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,14 @@ def beginning(storage: Storage, spec: RunSpec, tables: Tables, fresh: bool) -> B
     """
     storage.refuse_unwritable()
     try:
+        storage.refuse_occupied(OWN_FILES)
         before, present = status.read(storage), checkpoints.steps(storage)
+        attempts = (before.attempt if before else 0, checkpoints.last_attempt(storage), ledger_attempt(storage))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for a path that its store cannot have
         raise InputError(f"{storage.uri} cannot be read: {error}; choose another storage path") from error
-    attempt = 1 if fresh or before is None else before.attempt + 1
+    attempt = 1 if fresh else max(attempts) + 1
     if fresh or not present:
         return Beginning(attempt, None)
     found = checkpoints.load(storage, "last")
@@ -81,10 +96,63 @@ def clear(storage: Storage) -> None:
 def forget_diverging(storage: Storage) -> None:
     """Delete the checkpoints after the best one by validation loss: training diverged, and they were on the way there.
 
-    Where none was validated the newest stays.
+    All of them where the untrained model was better: it has none. Where none was validated the newest stays.
     """
-    if checkpoints.steps(storage):
-        checkpoints.forget(storage, after=checkpoints.load(storage, "best").step)
+    if not checkpoints.steps(storage):
+        return
+    best = checkpoints.load(storage, "best")
+    loss, untrained = best.manifest.get("metrics", {}).get("valid_loss", nan), _loss_untrained(storage)
+    worse = untrained is not None and (loss is None or untrained < loss)  # null: infinite or NaN
+    checkpoints.forget(storage, after=0 if worse else best.step)
+
+
+def _loss_untrained(storage: Storage) -> float | None:
+    """The validation loss at step 0, as the curve has it."""
+    found = (line for line in metrics_log.read(storage) if (line["kind"], line["step"]) == ("validation", 0))
+    loss = next(found, {}).get("loss")
+    return loss if isinstance(loss, int | float) else None
+
+
+def complete(begin: Beginning, plan: Plan) -> bool:
+    """Whether nothing is left to do: the last step is saved, and was validated where there is data for it."""
+    validated = bool(begin.scores) or plan.tables.validation is None
+    return begin.step > plan.end_step or (begin.step == plan.end_step and validated)
+
+
+def close_books(storage: Storage, begin: Beginning, plan: Plan) -> None:
+    """Write what a driver that was killed after the last checkpoint owed: the curve's last line, and how the run ended.
+
+    Nothing where the status says already that it ended at this checkpoint.
+    """
+    assert begin.checkpoint is not None
+    digest, ended = begin.checkpoint.digest(), begin.step == plan.total_steps
+    state: status.State = "succeeded" if ended else "stopped"
+    before = status.read(storage) or Status("running", attempt=begin.attempt - 1)
+    if (before.state, before.step, before.digest) == (state, begin.step, digest):
+        return
+    with MetricsLog(storage) as log:
+        if ended:  # else the lines that are there because it stopped stay
+            log.rewind(begin.step)
+        curve = curve_from(log, begin, plan)
+        if not any((line["kind"], line["step"]) == ("train", begin.step) for line in metrics_log.read(storage)):
+            curve.flush(interim=not ended)
+    facts = {"step": begin.step, "total_steps": plan.total_steps, "digest": digest, "message": ""}
+    status.write(storage, before.moved(state, **facts))
+
+
+def curve_from(log: MetricsLog, begin: Beginning, plan: Plan) -> Curve:
+    """The loss curve from where an attempt begins, with the line that was begun before."""
+    every, steps = plan.spec.run.log_every, plan.steps_per_epoch
+    return Curve(
+        log,
+        step=begin.step,
+        begun=None if begin.checkpoint is None else begin.checkpoint.manifest.get("curve"),
+        log_every=max(1, steps // LINES_PER_EPOCH) if every is None else steps_in(every, steps),
+        steps_per_epoch=steps,
+        rows_per_epoch=plan.sampler.n_rows,
+        batch_size=plan.spec.train.batch_size,
+        mean_weight=plan.mean_weight,
+    )
 
 
 def _changes(manifest: Any, spec: RunSpec, tables: Tables) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from raysgd.data.dataset import Dataset
+from raysgd.data.dataset import Dataset, counted
 from raysgd.data.encode import Encoder
 from raysgd.data.loader import read_batch
+from raysgd.errors import InputError
 from raysgd.learn.batch import Batch, Float32
 from raysgd.learn.losses import Loss
 from raysgd.learn.metrics import BlockScore, pooled, score_block, tree_sum
@@ -34,6 +35,20 @@ def score_rows(
     rows, unseen = read_batch(dataset, encoder, shard)
     slices = [rows.slice(begin, begin + SLICE_ROWS) for begin in range(0, max(1, len(rows)), SLICE_ROWS)]
     return _folded([score_block(loss, scores(s), s.label, s.weight) for s in slices]), unseen
+
+
+def refuse_no_loss(metrics: Mapping[str, float], dataset: Dataset) -> None:
+    """Raises InputError where the metrics over a table have no loss, because none of its rows weighs anything."""
+    if "loss" in metrics:
+        return
+    columns, why = dataset.schema, []
+    if dataset.nulls == "drop":
+        why.append('nulls = "drop" leaves out each that misses a value')
+    if columns.weight is not None:
+        why.append(f"weights of 0 in column {columns.weight!r} (in float32, where 1e-46 is 0, too) do not count")
+    first, *more = (file.path for file in dataset.files)
+    where = f"{first} and {counted(len(more), 'more file')}" if more else first
+    raise InputError(f"{where}: no row has a weight, so there is no loss: {' and '.join(why)}; give rows that count")
 
 
 def _folded(blocks: Sequence[BlockScore]) -> BlockScore:

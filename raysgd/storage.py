@@ -12,9 +12,9 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from raysgd import failpoints
-from raysgd.errors import InputError
+from raysgd.errors import InputError, RunError, SaveError
 
 #: Stores without directories: nothing is created before a put.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -36,12 +36,33 @@ DELETING = ".deleting-"
 
 
 @dataclass(frozen=True)
+class Lock:
+    """The file that was locked: its path, and which file it was."""
+
+    path: str
+    device: int
+    inode: int
+
+    def refuse_lost(self) -> None:
+        """Raises RunError where another file has its path, or none: the directory was moved, deleted or replaced."""
+        with suppress(OSError):
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                return
+        raise RunError(
+            f"{os.path.dirname(self.path)} was moved or deleted while this process wrote there: nothing more is "
+            "written; where it lies now, its last checkpoint can be continued"
+        )
+
+
+@dataclass(frozen=True)
 class Storage:
     """A directory ``base`` on ``filesystem``; it need not exist before the first write.
 
     filesystem: any pyarrow.fs.FileSystem
     base: the directory's path on it
     uri: how a user would write it: an absolute local path, or a URI
+    held: the lock under which it is written: while it is not ours any more, every write is refused
 
     >>> Storage.open("/runs").child("flights").uri
     '/runs/flights'
@@ -50,6 +71,7 @@ class Storage:
     filesystem: Any
     base: str
     uri: str = ""
+    held: Lock | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.uri:
@@ -81,7 +103,7 @@ class Storage:
     def child(self, name: str) -> Storage:
         """The directory ``name`` in this one."""
         place, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Storage(self.filesystem, self.path(name), f"{place.rstrip('/')}/{name}{mark}{query}")
+        return Storage(self.filesystem, self.path(name), f"{place.rstrip('/')}/{name}{mark}{query}", self.held)
 
     def path(self, name: str = "") -> str:
         """The path of ``name`` on the filesystem.
@@ -115,6 +137,7 @@ class Storage:
         Local: a temporary file, fsync, rename, fsync of the directory. Object stores: one put. What a killed write of
         this file left over goes.
         """
+        self._refuse_lost()
         path = self.path(name)
         if self.is_local:
             _replace_local(Path(path), data)
@@ -132,6 +155,7 @@ class Storage:
         Local: whoever is killed meanwhile leaves a beginning of it; a full disk leaves the file as it was.
         sync: whether it is to survive a power cut
         """
+        self._refuse_lost()
         if not self.is_local:
             old = self.read(name) if self.exists(name) else b""
             self.write_atomic(name, old + text.encode())
@@ -168,6 +192,7 @@ class Storage:
 
         Local: it is there whole or gone; a kill can leave parts of it under a name that begins with ``DELETING``.
         """
+        self._refuse_lost()
         path = self.path(name)
         if self.is_local:
             _delete_local(Path(path))
@@ -186,6 +211,16 @@ class Storage:
         except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for a path that its store cannot have
             why = getattr(error, "strerror", None) or error
             raise InputError(f"{self.uri} cannot be written: {why}; choose another storage path") from error
+
+    def refuse_occupied(self, names: Sequence[str]) -> None:
+        """Raises InputError where something else than a file has one of these names, as a directory or a pipe."""
+        infos = self.filesystem.get_file_info([self.path(name) for name in names])
+        kinds = {FileType.Directory: "a directory", FileType.Unknown: "no file"}
+        found = [(name, kinds[info.type]) for name, info in zip(names, infos, strict=True) if info.type in kinds]
+        if found:
+            raise InputError(
+                [f"{self.uri}/{name} is {kind}: move it away, or choose another --name" for name, kind in found]
+            )
 
     def _probe(self) -> None:
         made = None
@@ -208,15 +243,29 @@ class Storage:
     def _is_there(self, path: str) -> bool:
         return not path or bool(self.filesystem.get_file_info(path).type != FileType.NotFound)
 
+    def _refuse_lost(self) -> None:
+        if self.held is not None:
+            self.held.refuse_lost()
+
     @contextmanager
-    def lock(self, doing: str = "training this run") -> Iterator[None]:
+    def saving(self, name: str) -> Iterator[None]:
+        """Whatever the system says in the block, as of a full disk, becomes a SaveError with file and remedy."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            raise SaveError(f"{self.uri}/{name} could not be written: {why}; make room there") from error
+
+    @contextmanager
+    def lock(self, doing: str = "training this run") -> Iterator[Storage]:
         """Keep other processes from writing this directory, for the duration of the block; ``doing`` is for people.
 
         A lock of the operating system, so it goes with the process; object stores have none, and nothing happens.
+        What is given is this directory; once it was moved or deleted, its writes raise RunError.
         Raises InputError where another process holds it.
         """
         if not self.is_local:
-            yield
+            yield self
             return
         path = Path(self.path(LOCK))
         try:
@@ -229,10 +278,12 @@ class Storage:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{self.uri} is in use: another process is {doing}") from None
-            yield
+            locked = os.fstat(file.fileno())
+            yield replace(self, held=Lock(str(path), locked.st_dev, locked.st_ino))
 
     def delete_file(self, name: str) -> None:
         """Deletes a file; nothing happens where there is none."""
+        self._refuse_lost()
         if self.exists(name):
             failpoints.reach("storage.remove")
             self.filesystem.delete_file(self.path(name))
@@ -243,6 +294,7 @@ class Storage:
         Atomic and durable on a local directory only: an object store copies file by file, so what must appear
         at once there is published by writing one file last.
         """
+        self._refuse_lost()
         source, target = self.path(old), self.path(new)
         if self.exists(new):
             raise FileExistsError(f"{self.uri}/{new} exists already")

@@ -407,6 +407,16 @@ def test_a_storage_path_that_cannot_be_written(refused: Refused, place: str) -> 
     assert os.path.join(os.path.abspath(place), "flights") in sentence
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl", "status.json", "loss.png"])
+@pytest.mark.parametrize(("make", "kind"), [(os.makedirs, "a directory"), (os.mkfifo, "no file")])
+@pytest.mark.usefixtures("here")
+def test_a_name_that_is_no_file(refused: Refused, name: str, make: Callable[[str], None], kind: str) -> None:
+    os.makedirs("runs/flights")
+    make(f"runs/flights/{name}")
+    sentence = f"{os.path.abspath('runs/flights')}/{name} is {kind}: move it away, or choose another --name"
+    assert refused() == refused("--fresh") == [sentence]
+
+
 @pytest.mark.parametrize("uri", ["foo://bucket/runs", "s3://"])
 @pytest.mark.usefixtures("here")
 def test_a_storage_uri_that_names_no_storage(refused: Refused, uri: str) -> None:

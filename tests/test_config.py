@@ -243,6 +243,7 @@ def test_flags_are_stronger_than_sets() -> None:
             "unknown key run.failure_config.max_failure; did you mean 'max_failures'?",
         ),
         ("scaling.num_workers=2-6", "scaling.num_workers must be a whole number >= 1 or a pair of them, the least and"),
+        ('model={type="mlp"}', "--set needs section.key=value, got 'model', a whole section: set its keys one by one"),
         ("=3", "--set needs section.key=value"),
         ("train.=3", "--set needs section.key=value"),
         ("train.epochs.a=3", "train.epochs must be a whole number"),

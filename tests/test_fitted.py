@@ -335,3 +335,12 @@ def test_there_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         fitted.load(tmp_path)
+
+
+def test_rows_of_which_none_counts_have_no_loss(train: Path, tmp_path: Path) -> None:
+    model, table = fit(train, nulls="drop"), rows(30, seed=1)
+    nothing = table.set_column(0, "delay", pa.nulls(30, pa.float64()))
+    pq.write_table(nothing, tmp_path / "nothing.parquet")
+    why = 'no row has a weight, so there is no loss: nulls = "drop" leaves out each that misses a value; give rows'
+    with pytest.raises(InputError, match=f"{tmp_path}/nothing.parquet: {why}"):
+        model.evaluate(str(tmp_path / "nothing.parquet"))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from raysgd.errors import Interrupted
-from raysgd.interrupts import held_off, sigterm_interrupts, undisturbed
+from raysgd.interrupts import heard_at_last, held_off, sigterm_interrupts, undisturbed
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,49 @@ def test_one_that_was_held_off_is_heard_after_an_error_too() -> None:
     assert isinstance(told.value.__context__, ValueError)
 
 
+class Deaf:
+    """Python passes over what is raised while an object is deleted."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_was_passed_over_is_heard_at_last(number: signal.Signals, code: int) -> None:
+    done = []
+
+    @sigterm_interrupts()
+    @heard_at_last()
+    def block() -> None:
+        Deaf(number)
+        done.append("after")
+
+    with pytest.raises(Interrupted) as told:
+        block()
+    assert (done, told.value.exit_code) == (["after"], code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_heard_at_once_is_not_heard_again(number: signal.Signals) -> None:
+    done = []
+
+    @sigterm_interrupts()
+    def block() -> None:
+        try:
+            with heard_at_last():
+                signal.raise_signal(number)
+                done.append("after")
+        except KeyboardInterrupt:
+            done.append("heard")
+
+    block()
+    assert done == ["heard"]
+
+
 def test_undisturbed() -> None:
     with undisturbed():
         signal.raise_signal(signal.SIGINT)
@@ -99,7 +142,7 @@ def test_in_another_thread_nothing_is_handled() -> None:
     done = []
 
     def work() -> None:
-        with sigterm_interrupts(), held_off(), undisturbed():
+        with sigterm_interrupts(), heard_at_last(), held_off(), undisturbed():
             done.append("work")
 
     thread = threading.Thread(target=work)

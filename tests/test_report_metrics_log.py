@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,32 @@ def test_elsewhere_than_locally_lines_are_written_together(tmp_path: Path) -> No
     train(log, 4)
     log.flush()
     assert [record["step"] for record in metrics_log.read(storage)] == [1, 2, 3, 4]
+
+
+#: the disk is full at 300 bytes a file, and has room again before the block ends, if it does
+FULL = """
+import resource, sys
+from raysgd.report.metrics_log import MetricsLog
+from raysgd.storage import Storage
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+with MetricsLog(Storage.open(sys.argv[1]), say=print) as log:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, most))
+    for step in range(1, 7):
+        log.validation(step=step, epoch=1, metrics={"loss": 0.5})
+    if sys.argv[2:]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+"""
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_lines_wait_while_nothing_can_be_written(tmp_path: Path, room: bool) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path), *(["room"] if room else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = f"{tmp_path}/metrics.jsonl could not be written: File too large; make room there"
+    assert done.stdout == f"warning: {told}; the lines wait until then\n", done.stderr
+    steps = [line["step"] for line in metrics_log.read(Storage.open(tmp_path))]
+    if room:
+        assert (done.returncode, steps) == (0, [1, 2, 3, 4, 5, 6])
+    else:
+        assert (done.returncode, steps) == (1, [1, 2, 3])
+        assert done.stderr.splitlines()[-1] == f"raysgd.errors.SaveError: {told}"

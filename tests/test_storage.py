@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from raysgd import failpoints
-from raysgd.errors import InputError
+from raysgd.errors import InputError, RunError
 from raysgd.storage import DELETING, Storage
 
 
@@ -265,6 +265,31 @@ def test_a_second_process_does_not_get_the_lock(tmp_path: Path) -> None:
     with storage.lock():
         assert "is in use: another process is training this run" in other()
     assert other() == "locked\n"
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_who_lost_its_directory_writes_nothing_more(tmp_path: Path, replaced: bool) -> None:
+    """It was given another name, and somebody else may have made a new one under the old: both would write."""
+    place = Storage.open(tmp_path / "run")
+    with place.lock() as storage:
+        storage.child("deep").write_atomic("file", b"x")
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        if replaced:
+            with place.lock() as other:
+                other.append("lines", "theirs\n")
+        before = sorted(tmp_path.rglob("*"))
+        for write in (
+            lambda: storage.write_atomic("file", b"y"),
+            lambda: storage.append("lines", "mine\n"),
+            lambda: storage.child("deep").write_atomic("file", b"y"),
+            lambda: storage.rename_dir("deep", "deeper"),
+            lambda: storage.delete_dir("deep"),
+            lambda: storage.delete_file("lines"),
+        ):
+            with pytest.raises(RunError, match=rf"{tmp_path}/run was moved or deleted while this process wrote there"):
+                write()
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not replaced or place.read("lines") == b"theirs\n"
 
 
 def test_a_directory_that_cannot_be_made_is_no_place_for_a_run(tmp_path: Path) -> None:

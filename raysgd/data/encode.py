@@ -228,10 +228,10 @@ class _Rows:
     def miss(self, name: str, absent: BoolRows, required: bool = False) -> None:
         """Column ``name`` has no value in these rows. ``required``: it cannot be imputed."""
         if self._nulls == "refuse" or (required and self._nulls == "impute"):
-            allowed = 'nulls = "drop" leaves' if required else 'nulls = "impute" or "drop" allows'
+            allowed = '"drop"' if required else '"impute" or "drop"'
             raise InputError(
-                f"column {name!r} has {int(absent.sum()):,} missing values (null or NaN); {allowed} such rows"
-                + (" out" if required else "")
+                f"column {name!r} has {int(absent.sum()):,} missing values (null or NaN): fill them or leave such rows "
+                f"out; only training with nulls = {allowed} makes a model that takes them"
             )
         if self._nulls == "drop":
             self._dropped = absent if self._dropped is None else self._dropped | absent

@@ -275,22 +275,25 @@ def kept_rows(table: pa.Table, columns: Columns) -> npt.NDArray[np.bool_]:
     return keep
 
 
-def _numeric(column: pa.ChunkedArray, name: str, width: int, findings: _Findings) -> Moments:
+def _numeric(column: pa.ChunkedArray, name: str, width: int, findings: _Findings, *, feature: bool = True) -> Moments:
     values = numbers(column, width)
-    usable = check_numbers(values, single_array(column), name, findings)
+    usable = check_numbers(values, single_array(column), name, findings, feature=feature)
     if not usable:  # the run stops at these; moments of infinities would only warn
         return Moments(np.zeros(width, np.int64), np.zeros(width), np.zeros(width))
     return Moments.of(values)
 
 
-def check_numbers(values: Numbers, array: pa.Array, name: str, findings: _Findings) -> bool:
-    """Report values that float32 or float64 cannot hold; True where all are usable. ``array``: as it was read."""
+def check_numbers(values: Numbers, array: pa.Array, name: str, findings: _Findings, *, feature: bool = False) -> bool:
+    """Report values that float32 or float64 cannot hold; True where all are usable.
+
+    array: as it was read;  feature: whether the column can be categorical instead
+    """
     elements = array.flatten() if types.is_fixed_size_list(array.type) else array
     if types.is_integer(elements.type) and elements.type.bit_width == 64 and len(elements):
         bounds = pc.min_max(elements).as_py()
         if bounds["min"] is not None and max(-bounds["min"], bounds["max"]) > EXACT_INTEGER:
             far = max(bounds.values(), key=abs)
-            remedy = "use it as categorical, or write smaller"
+            remedy = "use it as categorical, or write smaller" if feature else "write smaller ones"
             findings.add(_has(name), "integers beyond 2^53", f", such as {far}; {remedy}")
             return False
     if values.dtype.kind != "f" or values.size == 0:
@@ -319,7 +322,7 @@ def _label(table: pa.Table, columns: Columns, findings: _Findings) -> tuple[Mome
     if columns.label is None:
         return None, None
     column = table.column(columns.label)
-    moments = _numeric(column, columns.label, 1, findings) if is_number(column.type) else None
+    moments = _numeric(column, columns.label, 1, findings, feature=False) if is_number(column.type) else None
     return moments, _class_counts(column)
 
 
@@ -345,7 +348,8 @@ def _weight_sum(table: pa.Table, columns: Columns, findings: _Findings) -> float
         return 0.0
     if (negative := int(np.less(values, 0).sum())) > 0:
         findings.add(_has(columns.weight), "negative weights", "; weights must be >= 0", negative)
-    return float(np.nansum(values, dtype=np.float64))
+    nothing = values.astype(np.float32) == 0  # as it will be used
+    return float(np.nansum(np.where(nothing, 0, values), dtype=np.float64))
 
 
 def _union(a: pa.Array, b: pa.Array) -> pa.Array:
@@ -380,5 +384,5 @@ def merge(shards: Sequence[ShardStatistics]) -> Statistics:
     if total.dropped == total.rows:
         raise InputError(f'nulls = "drop" leaves no row: each of {total.rows:,} misses a value')
     if total.weight_sum <= 0:
-        raise InputError("the weights must have a positive sum, got 0")
+        raise InputError("the weights must have a positive sum, got 0 (in float32, where 1e-46 is 0, too)")
     return total

@@ -139,7 +139,7 @@ class Curve:
             rows=self._rows_used(self.step),
             loss=self._loss / (self._rows * self._mean_weight),
             learning_rate=self._rate,
-            rows_per_s=self._rows / max(self._seconds, 1e-9),
+            rows_per_s=self._rows / self._seconds if self._seconds else nan,  # nan: nobody knows how long it took
             interim=interim,
         )
         self._loss, self._rows, self._seconds = 0.0, 0, 0.0

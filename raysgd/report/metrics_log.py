@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
+from raysgd.errors import RunError, SaveError
 from raysgd.interrupts import held_off
 from raysgd.storage import Storage
 
@@ -46,20 +47,31 @@ class MetricsLog:
 
     storage: the run's directory
     now: the wall clock, Unix seconds
+    say: takes a warning where lines cannot be written, as on a full disk: they wait; None: that is an error at once
+
+    At the end of the block they are written, or it is a SaveError.
     """
 
-    def __init__(self, storage: Storage, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, storage: Storage, now: Callable[[], float] = time.time, say: Callable[[str], None] | None = None
+    ) -> None:
         self._storage = storage
+        self._say = say
+        self._warned = False
         self._now = now
-        #: Lines that are not in the file yet; always empty on a local directory.
+        #: Lines that are not in the file yet; on a local directory only where they could not be written.
         self._pending: list[str] = []
         self._flushed = now()
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.flush()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._append()
+        except RunError:
+            if error is None:  # else that one is told
+                raise
 
     def rewind(self, step: int, validated: bool = True) -> None:
         """Drops interim lines, those beyond ``step``, and a last one that a crash cut short; 0 starts over.
@@ -73,7 +85,8 @@ class MetricsLog:
         kept = [record for record in lines if record["step"] <= step] if step > 0 else []
         if not validated:
             kept = [record for record in kept if (record["kind"], record["step"]) != ("validation", step)]
-        self._storage.write_atomic(NAME, "".join(map(_line, kept)).encode())
+        with self._storage.saving(NAME):
+            self._storage.write_atomic(NAME, "".join(map(_line, kept)).encode())
 
     def train(
         self,
@@ -107,9 +120,21 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes the lines that are not in the file yet."""
+        try:
+            self._append()
+        except SaveError as error:
+            if self._say is None:
+                raise
+            if not self._warned:
+                self._say(f"warning: {error}; the lines wait until then")
+            self._warned = True
+
+    def _append(self) -> None:
         with held_off():  # a line that is written twice is counted twice
             if self._pending:
-                self._storage.append(NAME, "".join(self._pending))
+                with self._storage.saving(NAME):
+                    self._storage.append(NAME, "".join(self._pending))
+                self._warned = False
             self._pending.clear()
         self._flushed = self._now()
 

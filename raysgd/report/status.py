@@ -73,10 +73,14 @@ class Status:
 
 
 def write(storage: Storage, status: Status, now: Callable[[], float] = time.time) -> Status:
-    """Replaces ``status.json``; returns the status with the time of this change and, the first time, of the start."""
+    """Replaces ``status.json``; returns the status with the time of this change and, the first time, of the start.
+
+    Raises SaveError where it cannot be written.
+    """
     moment = utc(now())
     stamped = replace(status, started=status.started or moment, updated=moment)
-    storage.write_atomic(NAME, (json.dumps(asdict(stamped), indent=1, allow_nan=False) + "\n").encode())
+    with storage.saving(NAME):
+        storage.write_atomic(NAME, (json.dumps(asdict(stamped), indent=1, allow_nan=False) + "\n").encode())
     return stamped
 
 
@@ -92,4 +96,5 @@ def read(storage: Storage) -> Status | None:
         return None
     known = {f.name: found[f.name] for f in fields(Status) if f.name in found}
     fits = all(isinstance(value, _TYPES.get(key, str | None)) for key, value in known.items())
+    fits = fits and known.get("attempt", 1) >= 1 and known.get("step", 0) >= 0
     return Status(**known) if fits else None

@@ -37,6 +37,7 @@ from raysgd.runtime.drain import HURRY_S
 from raysgd.runtime.gang import Gang
 from raysgd.runtime.meters import Carrier, Meters, Standing
 from raysgd.runtime.report import LoopReport
+from raysgd.scoring import refuse_no_loss
 from raysgd.storage import Storage
 
 #: coordinates that are read from a server at a time
@@ -133,6 +134,7 @@ class Attempt:
         assert self.plan.tables.validation is not None
         scored = self.crew.score(self.plan.rounds.at(self.step), len(self.plan.tables.validation.shards))
         metrics = combine([block for blocks, _ in scored for block in blocks])
+        refuse_no_loss(metrics, self.plan.tables.validation)
         unseen = sum(count for _, count in scored)
         if unseen:
             metrics["unseen"] = unseen

@@ -1,42 +1,67 @@
 """A process that outlives a killed driver by a moment and takes along what its local Ray cluster would leave.
 
 The raylet and the actors die with the driver, but Ray's agents hang for minutes in a report to a server that is dead.
-The driver tells the guard who they are; when the driver's end of the pipe closes without a goodbye, they are killed.
+The guard looks who they are while they start, then the driver tells it; when the driver's end of the pipe closes
+without a goodbye, they are killed.
 Run as a script, so that it starts in a few milliseconds. Linux only.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 GOODBYE = b"goodbye\n"
 
+#: what is started in the block has it in its environment; programs that give themselves a title write over that
+MARK = "RAYSGD_GUARDED"
+
+#: seconds between two looks while processes start
+LOOK_S = 0.05
+
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """For the duration of the block, the processes that descend from this one now go with it, however it ends."""
+def guarded() -> Iterator[Callable[[], None]]:
+    """What comes to descend from this process in the block goes with it, if that is killed.
+
+    Until what is given is called the guard looks itself who they are, again and again: while Ray starts, more come.
+    From then on it is those of that moment. A block that ends before takes along what it started.
+    """
     if sys.platform != "linux":
-        yield
+        yield lambda: None
         return
+    before = descendants(os.getpid())
+    os.environ[MARK] = secrets.token_hex(8)
     # A session of its own: Ctrl-C on the terminal does not reach it.
-    guard = subprocess.Popen([sys.executable, "-IS", __file__], stdin=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-IS", __file__, os.environ[MARK], *map(str, (os.getpid(), *before))]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert guard.stdin is not None
-    charges = descendants(os.getpid()) - {guard.pid}
-    guard.stdin.write("".join(f"{pid} {_started(pid)}\n" for pid in charges).encode())
-    guard.stdin.flush()
+    said, goodbye = guard.stdin, b""
+
+    def settled() -> None:
+        nonlocal goodbye
+        charges = descendants(os.getpid()) - before - {guard.pid}
+        said.write("".join(f"{pid} {_started(pid)}\n" for pid in charges).encode())
+        said.flush()
+        goodbye = GOODBYE
+
     try:
-        yield
+        yield settled
     finally:
+        os.environ.pop(MARK, None)
         with suppress(BrokenPipeError):
-            guard.stdin.write(GOODBYE)
-            guard.stdin.close()
+            said.write(goodbye)
+            said.close()
         guard.wait()
 
 
@@ -50,6 +75,23 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def follow(word: str, parent: int, before: set[int], lines: IO[bytes]) -> None:
+    """Look who comes to descend from ``parent`` until the first of the lines is there, or none will be; then watch.
+
+    word: marks what is so new that no look has seen it, and which has lost its parents since
+    """
+    charges: dict[int, str | None] = {}
+    told = False
+    while not told:
+        told = bool(select.select([lines], [], [], LOOK_S)[0])
+        # Once more when it is told: a driver that was interrupted is still there.
+        charges |= {pid: _started(pid) for pid in descendants(parent) - before - {os.getpid()}}
+    if first := lines.readline():
+        watch(itertools.chain([first], lines))
+    else:
+        take_along([(pid, started) for pid, started in charges.items() if started is not None], word)
+
+
 def watch(lines: Iterable[bytes]) -> None:
     """Take ``pid start`` lines until a goodbye, or until they end: then kill those that are still the same."""
     charges = []
@@ -61,29 +103,32 @@ def watch(lines: Iterable[bytes]) -> None:
     take_along(charges)
 
 
-def take_along(charges: Sequence[tuple[int, str]]) -> None:
+def take_along(charges: Sequence[tuple[int, str]], word: str = "") -> None:
     """Kill the processes that are still the same, and what the raylets among them were just starting.
 
     A worker that has not begun yet does not know whom to die with, and waits for a raylet that is dead. It is told from
     others by its environment; the second look finds what was being forked during the first.
+
+    word: of the guard: what has it as its mark is killed, too
     """
     for pid, started in charges:
         _kill(pid, started)
+    marks = {f"RAY_RAYLET_PID={pid}" for pid, _ in charges} | ({f"{MARK}={word}"} if word else set())
     for pause in (0.0, 0.5):
         time.sleep(pause)
-        for pid in started_by({pid for pid, _ in charges}):
+        for pid in bearing(marks):
             _kill(pid, _started(pid))
 
 
-def started_by(raylets: set[int]) -> list[int]:
-    """The living processes of which the environment says that one of these raylets started them."""
-    marks = {f"RAY_RAYLET_PID={pid}".encode() for pid in raylets}
+def bearing(marks: set[str]) -> list[int]:
+    """The living processes, but for this one, whose environment has one of these."""
+    encoded = {mark.encode() for mark in marks}
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone, or somebody else's
-            if marks.intersection((directory / "environ").read_bytes().split(b"\0")):
+            if encoded.intersection((directory / "environ").read_bytes().split(b"\0")):
                 found.append(int(directory.name))
-    return found
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def _kill(pid: int, started: str | None) -> None:
@@ -106,4 +151,5 @@ def stat_field(pid: int, index: int) -> str | None:
 
 
 if __name__ == "__main__":
-    watch(sys.stdin.buffer)
+    driver, *others = map(int, sys.argv[2:])
+    follow(sys.argv[1], driver, set(others), sys.stdin.buffer)

@@ -15,11 +15,12 @@ from typing import Any
 
 import ray
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
-from raysgd.interrupts import undisturbed
+from raysgd.interrupts import heard_at_last, sigterm_interrupts, undisturbed
 from raysgd.learn.checks import address_problems
 from raysgd.learn.threads import SINGLE_THREADED
 from raysgd.runtime.guard import descendants, guarded, take_along
@@ -84,7 +85,7 @@ def _address(given: str | None) -> str:
 def session(
     cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None, room: str = ""
 ) -> Iterator[Session]:
-    """A connected Ray for the duration of the block.
+    """A connected Ray for the duration of the block; from its start on SIGTERM ends the block by Interrupted.
 
     An initialised Ray is used as it is; else ``address``, else ``RAY_ADDRESS``; else a local cluster is started
     with as many logical CPUs as are asked for, and shut down at the end. Whether an existing one has room is not
@@ -93,30 +94,43 @@ def session(
     resources: others than CPUs that a cluster of our own is to have, by name
     room: what else to say of a cluster of our own
     """
-    if ray.is_initialized():
-        yield Session(started=False)
-        return
-    address = _address(address)
-    if address != "local":
-        _connect(address)
-        try:
-            yield Session(started=False, notes=(f"joined the Ray cluster at {address}",))
-        finally:
-            ray.shutdown()
-        return
-    before = _below()
-    notes = _start(cpus, resources or {}, room)
-    rest = [Process.of(pid) for pid in _below() - before]
-    with guarded():
-        cluster = Session(started=True, notes=notes, own=_own(rest))
-        try:
-            yield cluster
-        finally:
-            with undisturbed():
-                died = cluster.dead()
+    with sigterm_interrupts():
+        if ray.is_initialized():
+            yield Session(started=False)
+            return
+        address = _address(address)
+        if address != "local":
+            _connect(address)
+            try:
+                yield Session(started=False, notes=(f"joined the Ray cluster at {address}",))
+            finally:
                 ray.shutdown()
-                if died:  # Ray's agents hang in reports to who is dead
-                    take_along([(process.pid, process.started) for process in rest])
+            return
+        with guarded() as settled:
+            before = _below()
+            notes = _start(cpus, resources or {}, room)
+            settled()
+            rest = [Process.of(pid) for pid in _below() - before]
+            cluster = Session(started=True, notes=notes, own=_own(rest))
+            try:
+                yield cluster
+            finally:
+                with undisturbed():
+                    died = cluster.dead()
+                    ray.shutdown()
+                    if died:  # Ray's agents hang in reports to who is dead
+                        take_along([(process.pid, process.started) for process in rest])
+
+
+@contextmanager
+def _sigterm_stays_ours() -> Iterator[None]:
+    """Ray takes SIGTERM for itself as it starts, twice, and ends the process by exit codes of its own: not here."""
+    taken = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = taken
 
 
 def _below() -> set[int]:
@@ -143,7 +157,8 @@ def _connect(address: str) -> None:
     refuse_strangers(address)
     _deaths_to_stderr()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        with _sigterm_stays_ours(), heard_at_last():
+            ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 
@@ -180,7 +195,8 @@ def _start(cpus: float, resources: Mapping[str, float], room: str) -> tuple[str,
     _one_error_only()
     _deaths_to_stderr()
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init("local", num_cpus=asked, resources=dict(resources), **options)
+    with _sigterm_stays_ours(), heard_at_last():
+        ray.init("local", num_cpus=asked, resources=dict(resources), **options)
     return tuple(notes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,22 +13,19 @@ from typing import Any
 from raysgd import checkpoint as checkpoints
 from raysgd import config, fitted
 from raysgd.data.dataset import ArrowDataset, counted
-from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError
+from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, RunError, SaveError
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
-from raysgd.interrupts import sigterm_interrupts
 from raysgd.learn.models.base import Model
-from raysgd.learn.schedules import steps_in
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 from raysgd.outlook import outlook
 from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
 from raysgd.protocol.membership import backoff
 from raysgd.report import metrics_log, status
-from raysgd.report.curve import Curve
 from raysgd.report.metrics_log import MetricsLog
 from raysgd.report.plot import loss_curve
 from raysgd.report.progress import Report, report_to
 from raysgd.report.status import Status
-from raysgd.resume import Beginning, beginning, clear, forget_diverging
+from raysgd.resume import PICTURE, Beginning, beginning, clear, close_books, complete, curve_from, forget_diverging
 from raysgd.runtime.attempt import Attempt
 from raysgd.runtime.calls import ActorLostError, first_line, gather
 from raysgd.runtime.crew import RollBackError
@@ -41,9 +39,6 @@ START_TIMEOUT_S = 180.0
 
 #: how often a run that diverges halves its learning rate before it gives up
 HALVINGS = 10
-
-#: lines of the loss curve an epoch, unless ``log_every`` says otherwise
-LINES_PER_EPOCH = 20
 
 
 @dataclass(frozen=True)
@@ -169,8 +164,8 @@ class Trainer:
         Interrupted after Ctrl-C or SIGTERM; the run can then be continued by the same call.
         """
         tables, _ = self._open()
-        storage = self._storage
-        with storage.lock():
+        with self._storage.lock() as storage:
+            self._storage = storage
             # Once more: another process may have ended the run before the lock was ours.
             begin = beginning(storage, self.spec, tables, self.fresh)
             if self.fresh:
@@ -180,7 +175,10 @@ class Trainer:
             )
             for line in (*tables.train.describe(), *begin.notes):
                 self.report.say(line)
-            if plan is not None and _complete(begin, plan):
+            if plan is not None and complete(begin, plan):
+                close_books(storage, begin, plan)
+                if not storage.exists(PICTURE):
+                    self._draw()
                 self.report.say(f"nothing to do: {storage.uri} has reached step {begin.step:,}")
                 return self._result()
             if plan is not None:
@@ -207,16 +205,16 @@ class Trainer:
 
     def _attempt(self, tables: Tables, begin: Beginning, plan: Plan | None) -> None:
         """Run one attempt; whatever happens is in status.json before it is raised."""
-        keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt))
+        keeper = _Keeper(self._storage, Status("running", step=begin.step, attempt=begin.attempt), self.report.say)
         try:
             scaling = self.spec.scaling
-            room = scaling.local_room(cores())
-            joined = session(scaling.local_cpus(cores()), self.spec.run.address, scaling.resources, room)
-            with joined as cluster, sigterm_interrupts():
+            room, cpus = scaling.local_room(cores()), scaling.local_cpus(cores())
+            with session(cpus, self.spec.run.address, scaling.resources, room) as cluster:
                 for line in cluster.notes:
                     self.report.say(line)
-                self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
-                keeper.move("running")
+                with self._storage.saving("config.toml"):
+                    self._storage.write_atomic("config.toml", config.dumps(self.spec).encode())
+                keeper.tell("running")
                 losses = 0
                 while (lost := self._lives(cluster, tables, begin, plan, keeper)) is not None:
                     cluster.check()
@@ -232,12 +230,12 @@ class Trainer:
             saved = keeper.status.step
             where = f"from the checkpoint of step {saved:,}" if saved else "at the beginning"
             message = f"interrupted; the same command continues {where}"
-            keeper.move("interrupted", exit_code=code, message=message)
+            keeper.tell("interrupted", exit_code=code, message=message)
             raise Interrupted(code, message) from None
         except BaseException as error:
             code = 2 if isinstance(error, InputError) else 1
             message = str(error) if isinstance(error, RaysgdError) else repr(error)
-            keeper.move("failed", exit_code=code, message=message)
+            keeper.tell("failed", exit_code=code, message=message)
             raise
         finally:
             self.report.close()
@@ -297,11 +295,11 @@ class Trainer:
         self._plan = plan
         for line in plan.describe():
             self.report.say(line)
-        keeper.move("running", total_steps=plan.total_steps)
-        with MetricsLog(self._storage) as log:
+        keeper.tell("running", total_steps=plan.total_steps)
+        with MetricsLog(self._storage, say=self.report.say) as log:
             log.rewind(begin.step, validated=bool(begin.scores))
             attempt = Attempt(
-                plan, self._storage, self.report, self._curve(log, begin, plan), gang, begin.attempt, keeper.saved
+                plan, self._storage, self.report, curve_from(log, begin, plan), gang, begin.attempt, keeper.saved
             )
             attempt.scores = begin.scores
             if begin.checkpoint is not None:
@@ -342,28 +340,14 @@ class Trainer:
         found = gather(calls, "the statistics pass", gang.refuse_hung)
         return plan_from_statistics(self.spec, tables, [s for share in found for s in share])
 
-    def _curve(self, log: MetricsLog, begin: Beginning, plan: Plan) -> Curve:
-        every = self.spec.run.log_every
-        steps = plan.steps_per_epoch
-        return Curve(
-            log,
-            step=begin.step,
-            begun=None if begin.checkpoint is None else begin.checkpoint.manifest.get("curve"),
-            log_every=max(1, steps // LINES_PER_EPOCH) if every is None else steps_in(every, steps),
-            steps_per_epoch=steps,
-            rows_per_epoch=plan.sampler.n_rows,
-            batch_size=self.spec.train.batch_size,
-            mean_weight=plan.mean_weight,
-        )
-
     def _draw(self) -> None:
         """The loss curve beside the metrics; a run does not fail for want of a drawing library."""
         try:
             picture = loss_curve({str(self.spec.run.name): metrics_log.read(self._storage)})
-        except InputError as error:
+            with self._storage.saving(PICTURE):
+                self._storage.write_atomic(PICTURE, picture)
+        except (InputError, SaveError) as error:
             self.report.say(f"no picture of the loss curve: {error}")
-            return
-        self._storage.write_atomic("loss.png", picture)
 
     def _result(self) -> Result:
         last = checkpoints.load(self._storage, "last")
@@ -376,24 +360,32 @@ class Trainer:
         return Result(metrics, last.path, self._storage.uri, last.digest(), last.step, stopped, history)
 
 
-def _complete(begin: Beginning, plan: Plan) -> bool:
-    """Whether nothing is left to do: the last step is saved, and was validated where there is data for it."""
-    validated = bool(begin.scores) or plan.tables.validation is None
-    return begin.step > plan.end_step or (begin.step == plan.end_step and validated)
-
-
 class _Keeper:
     """Writes status.json at every change."""
 
-    def __init__(self, storage: Storage, first: Status) -> None:
+    def __init__(self, storage: Storage, first: Status, say: Callable[[str], None]) -> None:
         self.storage = storage
         self.status = first
+        self._say = say
+        self._warned = False
         self._lock = threading.Lock()
 
     def move(self, state: status.State, **changes: Any) -> None:
+        """Raises SaveError where it cannot be written."""
         with self._lock:
-            self.status = status.write(self.storage, self.status.moved(state, **changes))
+            self.status = self.status.moved(state, **changes)
+            self.status = status.write(self.storage, self.status)
+
+    def tell(self, state: status.State, **changes: Any) -> None:
+        """The same, where what is told matters more than that it is written down: with a warning, once."""
+        try:
+            self.move(state, **changes)
+            self._warned = False
+        except RunError as error:
+            if not self._warned and str(error) != self.status.message:
+                self._say(f"warning: {error}")
+            self._warned = True
 
     def saved(self, step: int, digest: str) -> None:
         """A checkpoint of ``step`` is published; told by the thread that wrote it."""
-        self.move("running", step=step, digest=digest)
+        self.tell("running", step=step, digest=digest)

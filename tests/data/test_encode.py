@@ -184,7 +184,8 @@ def test_unseen_and_missing_categories_take_the_last_code(write: Write) -> None:
 def test_missing_values_by_policy(write: Write) -> None:
     training = make_table(50)
     table = make_table(3).set_column(0, "x", pa.array([None, float("nan"), 3.0]))
-    assert "column 'x' has 2 missing values (null or NaN)" in refused(fitted(write, training), table)
+    told = refused(fitted(write, training), table)
+    assert "column 'x' has 2 missing values (null or NaN): fill them or leave such rows out" in told
     imputed, _ = fitted(write, training, nulls="impute").apply(table)
     assert imputed.numeric[:2, 0].tolist() == [0.0, 0.0]
     assert imputed.weight is None

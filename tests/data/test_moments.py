@@ -197,7 +197,16 @@ def test_negative_weights_and_weights_without_a_sum(write: Write) -> None:
     table = pa.table({"x": [1.0, 2.0], "late": [0, 1], "w": [-1, 2]})
     assert "column 'w' has 1 negative weights; weights must be >= 0" in violations(opened(write, table, weight="w"))[0]
     zero = table.set_column(2, "w", pa.array([0, 0]))
-    assert violations(opened(write, zero, weight="w")) == ("the weights must have a positive sum, got 0",)
+    vanishing = table.set_column(2, "w", pa.array([1e-46, 1e-46]))
+    for nothing in (zero, vanishing):
+        (found,) = violations(opened(write, nothing, weight="w"))
+        assert found.startswith("the weights must have a positive sum, got 0")
+
+
+def test_a_label_of_large_integers_is_not_told_to_be_a_category(write: Write) -> None:
+    table = pa.table({"x": [1.0, 2.0], "late": pa.array([1, 2**63], pa.uint64())})
+    (found,) = violations(opened(write, table))
+    assert found.endswith("column 'late' has integers beyond 2^53, such as 9223372036854775808; write smaller ones")
 
 
 def test_an_unsigned_category_beyond_int64(write: Write) -> None:

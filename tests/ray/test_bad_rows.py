@@ -120,7 +120,7 @@ def test_every_bad_value_of_every_file_is_in_one_message(refused: Refused) -> No
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"weight": [0.0] * 60}, "the weights must have a positive sum, got 0"),
+        ({"weight": [0.0] * 60}, "the weights must have a positive sum, got 0 (in float32, where 1e-46 is 0, too)"),
         ({"late": [True] * 60}, "label 'late' must have at least two classes, got only True"),
     ],
     ids=["weights", "one class"],
@@ -130,6 +130,24 @@ def test_values_that_only_all_rows_together_show(refused: Refused, changes: dict
     write("train/a.parquet", **changes)
     (sentence,) = refused("--set", "data.path=train/a.parquet")
     assert sentence == part
+
+
+@pytest.mark.parametrize(
+    ("changes", "nulls", "why"),
+    [
+        ({"weight": [0.0] * 60}, "refuse", "weights of 0 in column 'weight' (in float32, where 1e-46 is 0, too)"),
+        ({"weight": [1e-46] * 60}, "refuse", "weights of 0 in column 'weight'"),
+        ({"delay": [math.nan] * 60}, "drop", 'nulls = "drop" leaves out each that misses a value and weights of 0'),
+    ],
+    ids=["zero", "vanishing", "dropped"],
+)
+@pytest.mark.usefixtures("here")
+def test_validation_data_that_weighs_nothing(refused: Refused, changes: dict[str, Any], nulls: str, why: str) -> None:
+    """Before step 1: the untrained model is scored first."""
+    write("valid/a.parquet", **changes)
+    (sentence,) = refused("--set", f"data.nulls={nulls}")
+    assert sentence.startswith(f"{Path.cwd()}/valid/a.parquet: no row has a weight, so there is no loss: {why}")
+    assert sentence.endswith("; give rows that count")
 
 
 @pytest.mark.usefixtures("here")

@@ -6,8 +6,10 @@ by the same arguments, on the cluster that the tests share.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from ray_runs import (
     write_table,
 )
 
-from raysgd import checkpoint, cli
+from raysgd import checkpoint, cli, storage
 from raysgd.audit import Ledger, audit
 from raysgd.errors import DivergedError
 from raysgd.report.curve import Curve
@@ -241,15 +243,27 @@ def test_interrupted_at_a_boundary(
     assert status_of(run)["attempt"] == (1 if (when, step) == ("after", END) else 2)
 
 
-def test_interrupted_at_the_start(disturbed: Any) -> None:
+@pytest.mark.parametrize("first", ["gcs_server", "raylet"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_at_the_start(disturbed: Any, number: signal.Signals, code: int, first: str) -> None:
     """While Ray starts there is no run to save yet; nothing is left all the same."""
     run = disturbed()
-    wait_for("Ray's first process", lambda: any("gcs_server" in c for c in run.process.living().values()))
-    os.killpg(run.process.process.pid, signal.SIGINT)
-    assert run.process.wait() == 130, run.process.text
+    wait_for(f"Ray's {first}", lambda: any(c.split(" ")[0].endswith(first) for c in run.process.living().values()))
+    os.killpg(run.process.process.pid, number)
+    assert run.process.wait() == code, run.process.text
     run.process.gone()
-    assert status_of(run.run)["state"] == "interrupted"
+    status = status_of(run.run)
+    assert (status["state"], status["exit_code"]) == ("interrupted", code)
     assert run.saved() == []
+
+
+def test_killed_at_the_start(disturbed: Any) -> None:
+    """Ray's agents have just begun: they would wait for a raylet that is dead."""
+    run = disturbed()
+    wait_for("an agent of Ray's", lambda: any("gent" in c for c in run.process.living().values()))
+    run.process.process.kill()
+    assert run.process.wait() == -signal.SIGKILL, run.process.text
+    run.process.gone()
 
 
 def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
@@ -261,6 +275,47 @@ def test_terminated(disturbed: Any, undisturbed: Path, tmp_path: Path) -> None:
     run.ended("interrupted", 143)
     assert not (tmp_path / ".ray").exists()
     run.continues(undisturbed)
+
+
+def test_moved_away(disturbed: Any, undisturbed: Path) -> None:
+    """Whoever lost the directory ends and makes no other; where it lies now, the run can go on."""
+    run = disturbed()
+    run.until_mid_segment()
+    away = run.run.with_name("away")
+    run.run.rename(away)
+    assert run.process.wait() == 1, run.process.text
+    run.process.gone()
+    assert run.process.text.count("was moved or deleted while this process wrote there") == 1, run.process.text
+    assert not run.run.exists()
+    away.rename(run.run)
+    run.continues(undisturbed)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("late", "writer"), [("metrics.jsonl", "_append_local"), ("status.json", "_replace_local")])
+def test_a_full_disk_amid_its_books(
+    undisturbed: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    late: str,
+    writer: str,
+) -> None:
+    """Neither a line of the curve nor the status is worth the run: they are written later, with a warning."""
+    run, write, count = place / "runs" / f"full-{late}", getattr(storage, writer), Counter[str]()
+
+    def full(path: Path, *given: Any) -> None:
+        count[path.name] += 1
+        if path.name == late and count[late] in (2, 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *given)
+
+    monkeypatch.setattr(storage, writer, full)
+    assert cli.main([word for word in arguments(place, run.name) if word != "-q"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"warning: {run}/{late} could not be written: No space left on device; make room there") == 1
+    assert (status_of(run)["state"], status_of(run)["digest"]) == ("succeeded", status_of(undisturbed)["digest"])
+    assert curve(run) == curve(undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["Worker", "Server"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,16 +16,25 @@ from raysgd.runtime.guard import GOODBYE, descendants, watch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard reads /proc")
 
-#: starts a child and a grandchild that would live on, and waits to be killed
+#: starts a child and a grandchild that would live on, and waits to be killed, or ends
 PROGRAM = """
-import subprocess, time
+import subprocess, sys, time
 from raysgd.runtime.guard import guarded
-child = subprocess.Popen(["sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE)
-child.stdout.readline()
-with guarded():
+before = subprocess.Popen(["sleep", "1001"])
+with guarded() as settled:
+    child = subprocess.Popen(["sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    if "settled" in sys.argv:
+        settled()
+    elif "ends" in sys.argv:
+        sys.exit()
     print("guarded", flush=True)
     time.sleep(1000)
 """
+
+
+def sleeping(run: Marked, seconds: int) -> int:
+    return sum(f"sleep {seconds}" in command for command in run.living().values())
 
 
 @pytest.fixture
@@ -40,14 +50,29 @@ def line_of(pid: int, later: int = 0) -> bytes:
     return f"{pid} {started + later}\n".encode()
 
 
-def test_children_of_a_killed_process_go_with_it(tmp_path: Path) -> None:
-    run = Marked([sys.executable, "-c", PROGRAM], tmp_path)
+@pytest.mark.parametrize("word", ["settled", "starting"])
+def test_children_of_a_killed_process_go_with_it(tmp_path: Path, word: str) -> None:
+    """Also while they are still being started; what was there before is none of the guard's business."""
+    run = Marked([sys.executable, "-c", PROGRAM, word], tmp_path)
     try:
         wait_for("the guard", lambda: "guarded" in run.text)
-        assert sum("sleep 1000" in command for command in run.living().values()) >= 2
+        assert sleeping(run, 1000) >= 2
+        if word == "starting":
+            time.sleep(1.0)  # many looks of the guard
         run.process.kill()
         run.wait()
-        run.gone()
+        wait_for("their end", lambda: len(run.living()) == 1, 10)
+        assert sleeping(run, 1001) == 1
+    finally:
+        run.end()
+
+
+def test_a_start_that_fails_takes_along_what_it_started(tmp_path: Path) -> None:
+    run = Marked([sys.executable, "-c", PROGRAM, "ends"], tmp_path)
+    try:
+        assert run.wait() == 0, run.text
+        wait_for("their end", lambda: len(run.living()) == 1, 10)
+        assert sleeping(run, 1001) == 1
     finally:
         run.end()
 
