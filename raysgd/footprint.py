@@ -35,7 +35,7 @@ FLOAT32 = 4
 class Footprint:
     """Bytes that the parameters take: of the largest server, of the largest worker, of the driver.
 
-    n_params: parameters;  servers, workers: how many there are, at the least
+    n_params: parameters;  servers, workers: how many there are, at the least; replicas of servers are servers, too
     """
 
     n_params: int
@@ -87,14 +87,15 @@ def footprint(spec: RunSpec, learner: ValueAndGrad) -> Footprint:
     except ValueError as error:
         raise InputError(f"scaling.{error}") from error
     copies, workers = 1 + len(spec.optimizer.slots), scaling.least_workers
+    servers = scaling.num_servers * (1 + scaling.replicas)
     driver = copies * n_params * FLOAT32
     if isinstance(learner, BoundHashed):
-        return Footprint(n_params, scaling.num_servers, workers, copies * longest * FLOAT32, 0, driver)
+        return Footprint(n_params, servers, workers, copies * longest * FLOAT32, 0, driver)
     buffers = shard_class(Consistency(train.staleness)).BUFFERS
     pushed = [cover(run, train.virtual_workers) for run in deal(train.virtual_workers, workers)]
     vectors = max(1 + 2 * len(nodes) + max(depth(len(node)) for node in nodes) for nodes in pushed)
     server, worker = buffers * copies * longest * FLOAT32, vectors * n_params * FLOAT32
-    return Footprint(n_params, scaling.num_servers, workers, server, worker, driver)
+    return Footprint(n_params, servers, workers, server, worker, driver)
 
 
 def learner_of(spec: RunSpec, columns: Columns) -> ValueAndGrad | None:

@@ -405,8 +405,6 @@ class RunSpec:
         """What a hashed model, of which a step touches few weights, does not go together with; and FTRL with others."""
         model, found = self.model, []
         hashed = isinstance(model, HashedLogisticRegression | FactorizationMachine)
-        if hashed and self.scaling.replicas == 1:
-            found.append("scaling.replicas must be 0 with hashed categories, got 1")
         for name, allowed in (("staleness", 0), ("local_steps", 1), ("clip_norm", None)) if hashed else ():
             if (given := getattr(self.train, name)) != allowed:
                 only = "left out" if allowed is None else str(allowed)

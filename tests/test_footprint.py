@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,13 @@ def test_there_is_some_memory_here() -> None:
     total = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert total is not None
     assert 0 < found <= 1024 * int(total[1])
+
+
+def test_replicas_are_servers_too() -> None:
+    learner = learner_of(spec(LogisticRegression()), NUMBERS)
+    assert learner is not None
+    one = spec(LogisticRegression())
+    two = replace(one, scaling=replace(one.scaling, replicas=1))
+    with_one, without = footprint(two, learner), footprint(one, learner)
+    assert with_one.total - without.total == without.server
+    assert "2 servers and 1 workers" in with_one.describe()

@@ -310,10 +310,9 @@ def test_replicas_ask_for_cpus() -> None:
     assert ScalingConfig(num_workers=2, num_servers=3, server_cpus=0.5, replicas=1).cpus == 5
 
 
-def test_replicas_need_dense_models() -> None:
+def test_replicas_go_with_every_model_and_consistency() -> None:
     one = ScalingConfig(replicas=1)
-    [hashed] = a_spec(model=HashedLogisticRegression(4), scaling=one).problems()
-    assert hashed == "scaling.replicas must be 0 with hashed categories, got 1"
+    assert a_spec(model=HashedLogisticRegression(4), scaling=one).problems() == []
     assert a_spec(scaling=one).problems() == []
     assert a_spec(train=TrainConfig(staleness=2), scaling=one).problems() == []
 

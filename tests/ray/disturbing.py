@@ -6,10 +6,13 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from ray_runs import step_of, wait_for
 
 from raysgd.report.progress import Silent
+from raysgd.runtime.gang import Gang
 from raysgd.runtime.guard import descendants
 
 
@@ -21,6 +24,27 @@ class Said(Silent):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+def first_dies(monkeypatch: pytest.MonkeyPatch, order: str, workers: str = "") -> None:
+    """Of the workers, or servers, the one that is asked for first carries out ``order`` (a failpoint of the kind's).
+
+    workers: what all workers carry out, such as to sleep
+    """
+    kind, options, asked = order.partition(".")[0], Gang._options, []
+
+    def made_to_die(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
+        made = options(self, cpus, bundle)
+        is_worker = cpus == self.scaling.worker_cpus
+        orders = [workers] if workers and is_worker else []
+        if is_worker == (kind == "worker") and cpus:  # a spare asks for none
+            asked.append(cpus)
+            orders += [order] if len(asked) == 1 else []
+        made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": ",".join(orders)}
+        return made
+
+    monkeypatch.setattr(Gang, "_options", made_to_die)
+    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
 
 
 def actors(kind: str) -> list[int]:

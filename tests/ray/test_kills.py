@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import Disturber, Said, actors
+from disturbing import Disturber, Said, actors, first_dies
 from ray_runs import ROOT, curve, one_process_digests, spec_of, status_of, step_of, wait_for, write_table
 
 from raysgd.audit import audit
@@ -50,6 +50,11 @@ gangs: list[Gang] = []
 def spare() -> int | None:
     """The pid of the server that holds the memory of the others, once it does."""
     return next((member.process.pid for gang in gangs for member in list(gang.spares.values())), None)
+
+
+def servers() -> list[int]:
+    """The pids of the servers, without that one."""
+    return [member.process.pid for gang in gangs for member in gang.servers]
 
 
 @pytest.fixture(scope="module")
@@ -147,26 +152,14 @@ def test_a_kill_at_every_point_of_a_step(
     place: Path, truth: str, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     """One worker or server, wherever in a step, a validation, a checkpoint: nothing is lost, nothing counts twice."""
-    kind, options, asked = order.partition(".")[0], Gang._options, []
-
-    def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
-        made = options(self, cpus, bundle)
-        if cpus == (self.scaling.worker_cpus if kind == "worker" else self.scaling.server_cpus):
-            asked.append(cpus)
-            if len(asked) == 1:
-                orders = {"RAYSGD_FAILPOINTS": f"{PACE},{order}"}
-                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **orders}
-        return made
-
-    monkeypatch.setattr(Gang, "_options", first_dies)
-    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
+    first_dies(monkeypatch, order, PACE)
     name = order.replace("@", "-").replace(":", "-")
     result, said = fit(place, name, 3, 2)
     assert (result.step, result.digest) == (END, truth)
     assert curve(place / "runs" / name) == undisturbed
     lost = [line for line in said if "is lost at step" in line]
     assert len(lost) == 1, said
-    assert lost[0].startswith(kind)
+    assert lost[0].startswith(order.partition(".")[0])
 
 
 def test_a_killed_server_is_succeeded_by_its_spare(place: Path, undisturbed: Any, truth: str, disturb: Any) -> None:
@@ -262,23 +255,31 @@ def test_with_staleness_no_push_is_lost_or_doubled(
     place: Path, monkeypatch: pytest.MonkeyPatch, staleness: float, order: str
 ) -> None:
     """A server dies when pushes are applied and nobody knows, and when everybody does: its clocks say what counts."""
-    options, asked = Gang._options, []
-
-    def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
-        made = options(self, cpus, bundle)
-        if cpus == self.scaling.server_cpus:
-            asked.append(cpus)
-            if len(asked) == 1:
-                orders = {"RAYSGD_FAILPOINTS": order}
-                made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], **orders}
-        return made
-
-    monkeypatch.setattr(Gang, "_options", first_dies)
-    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
+    first_dies(monkeypatch, order)
     name = f"stale-{staleness}-{order.partition('@')[0]}"
     result, said = fit(place, name, 3, 2, train__staleness=staleness)
     assert result.step == END
     assert sum("its spare goes on from its memory" in line for line in said) == 1, said
+
+
+def test_with_a_limited_norm_the_spare_knows_its_part(place: Path, disturb: Any) -> None:
+    """One of two servers dies, perhaps with a step for which the other waits for the dead one's part of the norm."""
+
+    def what(until: Callable[[int], None]) -> None:
+        for step in (300, 700, 1100):
+            until(step)
+            wait_for("the spare", spare)
+            os.kill(random.Random(step).choice(servers()), signal.SIGKILL)
+
+    settings = {**SETTINGS, "train__epochs": 100, "train__clip_norm": 0.1}
+    [want] = one_process_digests(spec_of(place, **settings), [2000]).values()
+    disturb("clipped", what)
+    scaling = {"scaling__num_workers": 3, "scaling__num_servers": 2}
+    said = Said()
+    result = Trainer.from_spec(spec_of(place, run__name="clipped", **settings, **scaling), report=said).fit()
+    assert (result.step, result.digest) == (2000, want)
+    assert sum("its spare goes on from its memory" in line for line in said.lines) == 3, said.lines
+    assert audit(Storage.open(place / "runs" / "clipped")).problems == ()
 
 
 @pytest.mark.parametrize("staleness", [2, float("inf")])
@@ -291,7 +292,7 @@ def test_with_staleness_no_row_is_lost(place: Path, disturb: Any, staleness: flo
         for step in (1000, 2000, 3000):
             until(step)
             wait_for("the spare", spare)
-            os.kill(random.Random(step).choice(actors("Server")), signal.SIGKILL)
+            os.kill(random.Random(step).choice(servers()), signal.SIGKILL)
 
     disturb(name, what)
     result, said = fit(place, name, 3, 2, train__staleness=staleness)

@@ -103,15 +103,18 @@ class Run:
         return text
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train__clip_norm": 0.5}, {"model__type": "hashed_logistic_regression", "model__hash_bits": 12}],
+    ids=["dense", "clipped", "hashed"],
+)
 def test_killed_servers_are_replaced_by_what_follows_them(
-    cluster: Marked, place: Path, truth: str, clip_norm: float | None
+    cluster: Marked, place: Path, truth: str, settings: dict[str, Any]
 ) -> None:
     """Four of them, primaries or replicas as chance has it, each when all shards have a replica again."""
-    settings = {} if clip_norm is None else {"train__clip_norm": clip_norm}
     if settings:
         truth = one_process_digests(spec_of(place, **SETTINGS, **settings), [END])[END]
-    run, choose = Run(cluster, place, f"killed-{clip_norm}", **settings), random.Random(3)
+    run, choose = Run(cluster, place, f"killed-{len(settings)}", **settings), random.Random(3)
     for kills in range(4):
         run.said("has a replica on another node", 2 + kills)
         os.kill(choose.choice(living("Server", cluster.process.pid)), signal.SIGKILL)

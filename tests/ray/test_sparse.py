@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from disturbing import Said
+from disturbing import Said, first_dies
 from ray_runs import STEPS_PER_EPOCH, curve, one_process_digests, spec_of, write_table
 
 import raysgd
@@ -19,7 +19,6 @@ from raysgd.learn.models import FactorizationMachine, HashedLogisticRegression
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
 from raysgd.report.progress import Silent
 from raysgd.runtime import crew, gang
-from raysgd.runtime.gang import Gang
 from raysgd.runtime.trainer import Result, Trainer
 from raysgd.storage import Storage
 
@@ -126,19 +125,7 @@ def test_a_killed_server_is_succeeded_by_its_spare(
     """When its record is sealed and nothing of it written, when all is written, when others know: the same bytes."""
     settings: dict[str, Any] = {"train__epochs": 30, "run__validate_every": 400, "run__checkpoint_every": 600}
     [want] = one_process_digests(spec_for(place, variant, **settings), [600]).values()
-    options, asked = Gang._options, []
-
-    def first_dies(self: Gang, cpus: float, bundle: Any) -> dict[str, Any]:
-        made = options(self, cpus, bundle)
-        orders = "worker.compute:sleep=0.005"
-        if cpus == self.scaling.server_cpus:
-            asked.append(cpus)
-            orders = f"{order}@450:kill" if len(asked) == 1 else ""
-        made["runtime_env"]["env_vars"] = {**made["runtime_env"]["env_vars"], "RAYSGD_FAILPOINTS": orders}
-        return made
-
-    monkeypatch.setattr(Gang, "_options", first_dies)
-    monkeypatch.setattr("raysgd.runtime.crew.SPARE_AFTER_S", 0.0)
+    first_dies(monkeypatch, f"{order}@450:kill", "worker.compute:sleep=0.005")
     name, said = f"{variant}-{order}", Said()
     scaling = {"scaling__num_workers": 2, "scaling__num_servers": 2}
     result = Trainer.from_spec(spec_for(place, variant, run__name=name, **scaling, **settings), report=said).fit()
