@@ -135,8 +135,8 @@ class ServerShard(Gate[TreeSum]):
         verdict = self._judge(push)
         if verdict is Verdict.ACCEPTED:
             self._accept(push)
-        elif self._pending.complete:
-            self._say_norms(asks=True)  # a worker waits: norms may have been lost
+        else:
+            self.ask_norms()  # a worker waits: norms may have been lost
         return PushReply(self.index, push.step, push.node, verdict)
 
     def stands(self, nodes: Sequence[Range], incarnations: Sequence[tuple[int, ...]]) -> bool:
@@ -204,6 +204,12 @@ class ServerShard(Gate[TreeSum]):
             if len(self.commits) > 2 * KEPT_COMMITS:
                 del self.commits[:-KEPT_COMMITS]
         return self.version
+
+    def ask_norms(self) -> None:
+        """Where only others' sums of squares are missing, have them said again: such as to a successor of this shard,
+        whose predecessor was told."""
+        if self._pending.complete:
+            self._say_norms(asks=True)
 
     def norms(self, norms: Norms) -> None:
         """Take another shard's sums of squares; answer where it is a step behind and asks."""

@@ -39,6 +39,9 @@ RESCAN_S = 0.02
 #: times in a row that parameters are copied while the server is faster, before something else is looked at
 COPIES = 100
 
+#: waits in vain, one after the other, after which other shards are asked for their part of a norm once more
+ASK_AFTER = 16
+
 VERDICTS = tuple(Verdict)
 
 #: words of a slot before those of each shard
@@ -334,10 +337,15 @@ class SharedServer:
 
     def _serve(self) -> None:
         wake_on_time()
+        vain = 0
         while not self._closed:
-            self._bell.wait(RESCAN_S, self._something)
+            vain = 0 if self._bell.wait(RESCAN_S, self._something) else vain + 1
             with self.lock:
                 self._scan()
+                if vain % ASK_AFTER == ASK_AFTER - 1:
+                    self.shard.ask_norms()
+                    if self.shard.outbox:
+                        self.on_advance()
 
     def _something(self) -> bool:
         """Whether the slots are worth a scan: all of a step are there, or one where they are taken one by one."""
