@@ -41,6 +41,7 @@ EVERYTHING = {
     "kill": 0.03,
     "kill_all": 0.003,
     "hang": 0.012,
+    "stillborn": 0.2,
     "join": 0.012,
     "drain": 0.012,
     "slow": 0.03,

@@ -36,7 +36,17 @@ def test_the_schedules_are_hostile() -> None:
     faults = found().faults
     assert set(found().kinds) == set(STEPS)
     assert min(found().kinds.values()) >= 100
-    for kind in ("kill", "hang", "join", "drain", "slow", "server_kill", "server_kill in a write", "midway"):
+    for kind in (
+        "kill",
+        "hang",
+        "join",
+        "drain",
+        "slow",
+        "stillborn",
+        "server_kill",
+        "server_kill in a write",
+        "midway",
+    ):
         assert faults[kind] >= 0.2 * SCHEDULES, kind
     for kind in ("kill_all", "node_loss", "promotion", "roll-back", "share moved"):
         assert faults[kind] >= 0.05 * SCHEDULES, kind
@@ -68,7 +78,7 @@ def test_one_kind_of_fault_alone(fault: str) -> None:
         assert complaints(outcome, "bsp") == []
         counts += outcome.faults
     assert counts[fault] >= 20
-    assert set(counts) <= {fault, "server_kill in a write", "roll-back", "share moved"}
+    assert set(counts) <= {fault, "stillborn", "server_kill in a write", "roll-back", "share moved"}
 
 
 def test_a_schedule_replays_from_its_seed() -> None:

@@ -17,6 +17,7 @@ import ray
 from ray._private import services
 from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
+from ray.job_config import JobConfig
 
 from raysgd.errors import InputError, RunError
 from raysgd.footprint import available_here
@@ -83,7 +84,11 @@ def _address(given: str | None) -> str:
 
 @contextmanager
 def session(
-    cpus: float, address: str | None = None, resources: Mapping[str, float] | None = None, room: str = ""
+    cpus: float,
+    address: str | None = None,
+    resources: Mapping[str, float] | None = None,
+    room: str = "",
+    about: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """A connected Ray for the duration of the block; from its start on SIGTERM ends the block by Interrupted.
 
@@ -93,6 +98,7 @@ def session(
 
     resources: others than CPUs that a cluster of our own is to have, by name
     room: what else to say of a cluster of our own
+    about: what an existing cluster's dashboard and `ray list jobs` tell of this process, as the job's metadata
     """
     with sigterm_interrupts():
         if ray.is_initialized():
@@ -100,7 +106,7 @@ def session(
             return
         address = _address(address)
         if address != "local":
-            _connect(address)
+            _connect(address, about or {})
             try:
                 yield Session(started=False, notes=(f"joined the Ray cluster at {address}",))
             finally:
@@ -151,14 +157,15 @@ def _own(processes: Iterable[Process]) -> dict[str, Process]:
     return found
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, about: Mapping[str, str]) -> None:
     _one_error_only()
     refuse_absent(address)
     refuse_strangers(address)
     _deaths_to_stderr()
     try:
         with _sigterm_stays_ours(), heard_at_last():
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            job = JobConfig(metadata=dict(about))
+            ray.init(address=address, job_config=job, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"no Ray cluster could be joined at {address!r}: {error}") from error
 

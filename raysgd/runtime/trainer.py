@@ -209,7 +209,8 @@ class Trainer:
         try:
             scaling = self.spec.scaling
             room, cpus = scaling.local_room(cores()), scaling.local_cpus(cores())
-            with session(cpus, self.spec.run.address, scaling.resources, room) as cluster:
+            about = {"raysgd": "train", "run": str(self.spec.run.name), "storage": self._storage.uri}
+            with session(cpus, self.spec.run.address, scaling.resources, room, about) as cluster:
                 for line in cluster.notes:
                     self.report.say(line)
                 with self._storage.saving("config.toml"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import join
 from raysgd.protocol.ledger import entry, extend
-from raysgd.protocol.membership import Assign, Assignment, Committed, Decision, Fail, Kill, Left, Start, Wait
+from raysgd.protocol.membership import Assign, Assignment, Committed, Decision, Fail, Kill, Left, Start, Stillborn, Wait
 from raysgd.simulate import replicas
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def act(sim: Simulation, decisions: Sequence[Decision]) -> None:
             assign(sim, decision.assignments)
         elif isinstance(decision, Start):
             for _ in range(decision.count):
-                sim.later(sim.random.randrange(60) + int(10 * decision.after_s), sim.join)
+                sim.later(sim.random.randrange(60) + int(10 * decision.after_s), partial(come, sim))
         elif isinstance(decision, Kill):
             sim.later(sim.random.randrange(20), partial(sim.take, Left(decision.worker, "killed")))
         elif isinstance(decision, Wait):
@@ -37,6 +37,15 @@ def act(sim: Simulation, decisions: Sequence[Decision]) -> None:
         else:
             assert isinstance(decision, Fail)
             sim.violation(f"the run failed: {decision.why}")
+
+
+def come(sim: Simulation) -> None:
+    """A worker that was asked for: it is up, or died on the way."""
+    if sim.random.random() < sim.faults.stillborn:
+        sim.outcome.faults["stillborn"] += 1
+        sim.take(Stillborn("it died while it started"))
+    else:
+        sim.join()
 
 
 def relieve(sim: Simulation) -> None:

@@ -67,6 +67,8 @@ class Faults:
     kill_all: float = 0.0
     #: a worker hangs; if it wakes, then as one that is believed dead
     hang: float = 0.0
+    #: a worker that was asked for dies while it starts
+    stillborn: float = 0.0
     #: a worker that nobody asked for joins
     join: float = 0.0
     #: a worker is announced to go, and goes

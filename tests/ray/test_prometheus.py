@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray._raylet import GcsClient
 from ray_runs import ROOT, Marked, raysgd_command, wait_for, write_table
 from test_job_submit import RAY, free_ports
 
@@ -65,11 +66,18 @@ def test_the_metrics_arrive(tmp_path: Path) -> None:
             return found if set(found) == set(METRICS) and found["raysgd_step"]["metered",] > 0 else None
 
         found = wait_for(f"all metrics; there are {sorted(scraped(metrics_port))}", all_there, 90)
+        jobs = GcsClient(address=address).get_all_job_info().values()
     finally:
         if run is not None:
             run.end()
         head.end()
         shutil.rmtree(temp_dir, ignore_errors=True)
+    [job] = [dict(job.config.metadata) for job in jobs if job.config.metadata.get("raysgd")]
+    assert {k: job[k] for k in ("raysgd", "run", "storage")} == {
+        "raysgd": "train",
+        "run": "metered",
+        "storage": str(place / "runs" / "metered"),
+    }
     assert found["raysgd_total_steps"] == {("metered",): 6000}
     assert found["raysgd_workers"] == {("metered",): 2}
     assert 0 < found["raysgd_train_loss"]["metered",] < 1

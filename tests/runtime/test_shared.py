@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -19,15 +20,16 @@ import pytest
 from raysgd.errors import RunError
 from raysgd.learn.batch import Batch, Float32, Inputs, Target
 from raysgd.learn.models import LogisticRegression
-from raysgd.learn.parameters import Range, even_split
+from raysgd.learn.parameters import Range, block_width, even_split
 from raysgd.learn.transforms import SGD
 from raysgd.protocol.client import Client
 from raysgd.protocol.consistency import Consistency
 from raysgd.protocol.generation import Generation, join
 from raysgd.protocol.kept import Kept
 from raysgd.protocol.membership import Assignment, Membership, deal
-from raysgd.protocol.messages import Gone, Halted, Pull, Pulled, Push, PushReply, Verdict
+from raysgd.protocol.messages import Gone, Halted, Norms, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.rounds import Rounds
+from raysgd.protocol.shard import ServerShard
 from raysgd.protocol.stale import shard_class
 from raysgd.protocol.tree import Partial, cover
 from raysgd.protocol.update import PlannedRows, Rule
@@ -74,6 +76,8 @@ def serving(p: Problem, spans: tuple[Range, ...], start: Generation) -> Iterator
                 p.learner.layout.penalized(span),
                 n_virtual=V,
                 generation=start.cut(span),
+                n_shards=len(spans),
+                width=block_width(p.learner.layout.n_params),
                 consistency=p.consistency,
                 buffers=board.params,
                 on_write=partial(Board.announce, board),
@@ -151,6 +155,44 @@ def test_local_steps_are_those_of_the_simulator(n_workers: int) -> None:
     p = problem()
     p = replace(p, rule=replace(p.rule, rounds=Rounds(4, STEPS)))
     assert train(n_workers, 2, until=9, p=p).digest() == simulate(p, 9).final.digest()
+
+
+def test_a_part_of_a_norm_that_was_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shard says by itself goes nowhere, as to a server that died meanwhile; only what is asked for arrives."""
+    monkeypatch.setattr(shared, "ASK_AFTER", 2)
+    p = problem()
+    p = replace(p, rule=replace(p.rule, clip_norm=0.1))
+    spans, said = even_split(p.learner.layout.n_params, 2), queue.SimpleQueue[Norms | None]()
+    with serving(p, spans, p.initial()) as servers:
+
+        def tell(shard: ServerShard) -> None:
+            for norms in shard.outbox:
+                if norms.asks:
+                    said.put(norms)
+            shard.outbox.clear()
+
+        def carry() -> None:
+            while (norms := said.get()) is not None:
+                server = servers[norms.to]
+                with server.lock:
+                    server.shard.norms(norms)
+                    for answer in server.shard.outbox:
+                        said.put(answer)
+                    server.shard.outbox.clear()
+                    server.publish()
+
+        for server in servers:
+            server.on_advance = partial(tell, server.shard)
+        carrier = threading.Thread(target=carry)
+        carrier.start()
+        [assignment] = assignments(1)
+        memory = connect(servers, spans, assignment)
+        client = Client(assignment, V, spans, start=0, until=3)
+        assert train_loop(client, memory, p.learner, p.batch).done.reason == "reached"
+        memory.close()
+        said.put(None)
+        carrier.join(30)
+        assert join([s.shard.snapshot(3) for s in servers]).digest() == simulate(p, 3).final.digest()
 
 
 def test_doorbells_are_only_hints(monkeypatch: pytest.MonkeyPatch) -> None:
