@@ -475,7 +475,7 @@ def another_rate_at_the_replica(patch: Patch) -> None:
     patch.setattr(ServerShard, "follow", faster)
 
 
-@bug("clipped", replicas=True, node_loss=0.05)
+@bug("clipped", replicas=True, node_loss=0.05, lose=0.3)
 def a_promoted_replica_without_the_norms(patch: Patch) -> None:
     """Another shard may still wait for what the dead primary knew."""
     follow = ServerShard.follow

@@ -81,6 +81,17 @@ def test_one_kind_of_fault_alone(fault: str) -> None:
     assert set(counts) <= {fault, "stillborn", "server_kill in a write", "roll-back", "share moved"}
 
 
+#: a third of all messages lost, servers and replicas lost all the time
+LOSSY = {"lose": 0.3, "node_loss": 0.1, "replica_kill": 0.1, "replicas": True, "kill": 0.01, "midway": 0.02}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_what_servers_tell_each_other_arrives_however_much_is_lost(kind: str) -> None:
+    """To the norms of a promoted replica's replica."""
+    for seed in range(25):
+        assert wrong(seed, kind, **LOSSY) == [], seed
+
+
 def test_a_schedule_replays_from_its_seed() -> None:
     first, again, other = schedule(5), schedule(5), schedule(6)
     assert (first.order, first.faults, first.ledger) == (again.order, again.faults, again.ledger)

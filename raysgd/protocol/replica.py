@@ -10,7 +10,6 @@ of every push where staleness is allowed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,28 +71,28 @@ class Followed:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """What a replica begins with: copies of the generations, and the records that the driver was not told of yet.
+    """What a replica or a successor begins with: generations, and the records that the driver was not told of yet.
 
     tally: what is in the newest, and those records, where staleness is allowed
+    last_norms: the step before the newest, and the shard's part of its gradient's norm
     """
 
     newest: Generation
     previous: Generation | None
     commits: list[Commit]
     tally: Tally | None = None
+    last_norms: tuple[int, Float64] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """What a shard takes that begins with it."""
-        return begin_with(self.newest, self.previous, self.commits, self.tally)
-
-
-def begin_with(
-    newest: Generation, previous: Generation | None, commits: Sequence[Commit], tally: Tally | None
-) -> dict[str, Any]:
-    """What a shard takes that begins where another was."""
-    if tally is not None:
-        return {"generation": newest, "tally": tally}
-    return {"generation": newest, "previous": previous, "commits": commits}
+        if self.tally is not None:
+            return {"generation": self.newest, "tally": self.tally}
+        return {
+            "generation": self.newest,
+            "previous": self.previous,
+            "commits": self.commits,
+            "last_norms": self.last_norms,
+        }
 
 
 class Copied:

@@ -78,8 +78,10 @@ class ServerShard(Gate[TreeSum]):
         self._arranged: tuple[tuple[Range, ...], tuple[Range, ...], list[int], Order] = ((), (), [], ())
         #: sums of squares by shard, of the step at hand; and (step, this shard's own) of the step before
         self._norms: dict[int, Float64] = {}
-        self._last_norms = last_norms
+        self._last_norms: tuple[int, Float64] | None = None
         self._on_norms = on_norms
+        if last_norms is not None:
+            self._note_norms(*last_norms)
 
     def _allocate(
         self,
@@ -179,7 +181,7 @@ class ServerShard(Gate[TreeSum]):
         """All that a replica begins with; until it says that it has that, the shard goes on alone."""
         self.copied = None
         previous = self._previous.copy() if self.has_previous else None
-        return Copy(self._newest.copy(), previous, list(self.commits))
+        return Copy(self._newest.copy(), previous, list(self.commits), last_norms=self._last_norms)
 
     def copied_to(self, sequence: int) -> None:
         """A replica has begun with a copy: from now on a step is told to others when that has it, too.
@@ -200,7 +202,7 @@ class ServerShard(Gate[TreeSum]):
             assert finite, "the primary sealed it"
             self._seal(step, commit)
             if sealed.square_sums is not None:
-                self._last_norms = step, sealed.square_sums
+                self._note_norms(step, sealed.square_sums)
             if len(self.commits) > 2 * KEPT_COMMITS:
                 del self.commits[:-KEPT_COMMITS]
         return self.version
@@ -251,11 +253,15 @@ class ServerShard(Gate[TreeSum]):
             if len(self._norms) < self.n_shards:
                 return
             factor = clip_factor([self._norms[i] for i in range(self.n_shards)], self.rule.clip_norm)
-            self._last_norms = self.version, self._norms[self.index]
-            if self._on_norms is not None:
-                self._on_norms(*self._last_norms)
+            self._note_norms(self.version, self._norms[self.index])
             self._norms = {}
         self._apply(factor)
+
+    def _note_norms(self, step: int, square_sums: Float64) -> None:
+        """Keep this shard's part of a step's norm: another may wait for it when the step is sealed here."""
+        self._last_norms = step, square_sums
+        if self._on_norms is not None:
+            self._on_norms(step, square_sums)
 
     def _say_norms(self, asks: bool = False) -> None:
         """Tell the others this shard's sums of squares; ``asks``: those whose are missing, to have them again."""

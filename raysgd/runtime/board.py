@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +22,8 @@ from raysgd.learn.batch import Float32, Float64
 from raysgd.protocol.gate import Commit
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.kept import Kept
-from raysgd.protocol.replica import begin_with
+from raysgd.protocol.replica import Copy
 from raysgd.protocol.sparse_shard import SparseCopy
-from raysgd.protocol.tally import Tally
 from raysgd.runtime.pushes import Pushes
 from raysgd.runtime.segment import ASLEEP, Address, Segment
 from raysgd.runtime.sparse_record import SparseRecord
@@ -157,15 +155,16 @@ class Board:
         entry[2 : 2 + len(square_sums)] = square_sums
         entry[0] = step
 
-    def survives(self, since: int) -> Remains | SparseCopy:
-        """What a successor finds after the death of the server: call it when nobody writes any more.
+    def survives(self, since: int) -> Copy | SparseCopy:
+        """What a successor finds after the death of the server, views: call it when nobody writes any more. Commits are
+        without who took part in them.
 
         Raises RunError where its records do not tell of all steps from ``since`` on.
         """
         if self.pushes is not None:
             sequence, tally = self.pushes.survives(since)
             newest = Generation(tally.version, self.at(sequence), self.state[sequence % len(self.state)])
-            return Remains(newest, tally=tally)
+            return Copy(newest, None, [], tally)
         if self.sealed is not None:
             return self._survives_in_place(self.sealed, since)
         words = self.words
@@ -177,7 +176,7 @@ class Board:
             previous = Generation(version - 1, self.at(before), self.state[before % len(self.state)])
         entry = self._norms[(version - 1) % 2]
         norms = (version - 1, entry[2 : 2 + int(entry[1])].copy()) if entry[0] == version - 1 >= 0 else None
-        return Remains(newest, previous, self._recorded(since, version), norms=norms)
+        return Copy(newest, previous, self._recorded(since, version), last_norms=norms)
 
     def _survives_in_place(self, sealed: SparseRecord, since: int) -> SparseCopy:
         """Of arrays that are written in place: as they are, and the record that takes them to the newest version."""
@@ -198,24 +197,3 @@ class Board:
             _, loss, rows, rate, staleness = self.records[at : at + RECORD].tolist()
             found.append(Commit(step, loss, int(rows), rate, (), int(staleness)))
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What is left of a server in its board: views.
-
-    commits: the newest, without who took part in them;  tally: what is in the newest generation, where staleness is
-    allowed
-    norms: the step that the newest generation is of, and the shard's part of its gradient's norm
-    """
-
-    newest: Generation
-    previous: Generation | None = None
-    commits: list[Commit] = field(default_factory=list)
-    tally: Tally | None = None
-    norms: tuple[int, Float64] | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """What a shard takes that begins with it."""
-        found = begin_with(self.newest, self.previous, self.commits, self.tally)
-        return found if self.norms is None else {**found, "last_norms": self.norms}

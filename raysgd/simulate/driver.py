@@ -59,7 +59,6 @@ def assign(sim: Simulation, assignments: Sequence[Assignment]) -> None:
     relieve(sim)
     if sim.down:
         return
-    replicas.fill(sim)
     for shard in range(len(sim.shards)):
         fence(sim, shard, assignments)
         for _ in range(0 if sim.faults.in_order else sim.random.randrange(4)):
@@ -67,6 +66,7 @@ def assign(sim: Simulation, assignments: Sequence[Assignment]) -> None:
                 sim.deliver()
         if sim.down:
             return
+    replicas.fill(sim)
     for seat in sim.seats:
         seat.zombie = True
     for assignment in assignments:

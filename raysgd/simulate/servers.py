@@ -66,7 +66,7 @@ def remains(sim: Simulation, index: int) -> dict[str, Any]:
     except KeyError:
         previous = None
     told = dead.told
-    norms = sim.norms[index].get(told - 1)
+    norms = sim.norms[dead].get(told - 1)
     return {
         "generation": dead.snapshot(told),
         "previous": previous,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -93,8 +94,8 @@ class Simulation:
         self.outcome = Outcome(whole)
         self.network = Network(faults, self.outcome, self.random, self.LOCAL)
         self.spans = even_split(problem.learner.layout.n_params, n_servers)
-        #: by shard and step: its sums of squares, as they lie in its memory
-        self.norms: list[dict[int, Float64]] = [{} for _ in self.spans]
+        #: by shard's process and step: its sums of squares, as they lie in its memory
+        self.norms: WeakKeyDictionary[Any, dict[int, Float64]] = WeakKeyDictionary()
         self.shards = [self.make_shard(i, whole.cut(span)) for i, span in enumerate(self.spans)]
         #: the simulation's own knowledge of who may push, per shard: the oracle of the fence
         self.truth = [[0] * problem.n_virtual for _ in self.shards]
@@ -184,7 +185,8 @@ class Simulation:
     def make_shard(self, index: int, generation: Generation, **more: Any) -> Any:
         """more: what else a shard takes that begins where another was"""
         problem, layout = self.problem, self.problem.learner.layout
-        return shard_class(problem.consistency)(
+        norms: dict[int, Float64] = {}
+        made = shard_class(problem.consistency)(
             index,
             problem.rule,
             layout.penalized(self.spans[index]),
@@ -193,9 +195,11 @@ class Simulation:
             n_shards=len(self.spans),
             width=block_width(layout.n_params),
             consistency=problem.consistency,
-            on_norms=self.norms[index].__setitem__,
+            on_norms=norms.__setitem__,
             **more,
         )
+        self.norms[made] = norms
+        return made
 
     def make_client(self, share: Share) -> Any:
         return Client(
