@@ -116,7 +116,6 @@ def test_the_fitted_model_scores_as_the_run_did(place: Path) -> None:
         ("logistic-ftrl", "server.sealed"),
         ("machine-momentum", "server.sealed"),
         ("machine-momentum", "server.applied"),
-        ("logistic-ftrl", "server.published"),
     ],
 )
 def test_a_killed_server_is_succeeded_by_its_spare(

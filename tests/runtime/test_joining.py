@@ -25,12 +25,13 @@ from raysgd.runtime.token import refuse_strangers
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray would try for minutes."""
+    """Ray would try for minutes. One that other tests have started is not looked at."""
 
     def init(*_: Any, **__: Any) -> None:
         raise AssertionError("Ray was asked")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -106,6 +107,7 @@ def test_a_run_starts_a_cluster_with_room_to_grow(tmp_path: Path, monkeypatch: p
         raise RunError("enough")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     for module in (sessions, trainers):
         monkeypatch.setattr(module, "cores", lambda: 4)
