@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, wait_for, write_table
+from ray_runs import Marked, one_process_digests, raysgd_command, spec_of, status_of, step_of, wait_for, write_table
 from test_job_submit import RAY, free_ports
 
 from raysgd.audit import audit
@@ -26,8 +26,8 @@ from raysgd.storage import Storage
 EPOCHS = 60
 END = 20 * EPOCHS
 
-#: a step takes 20 ms with one worker: there is time for nodes to come and to be lost
-PACE = "worker.compute:sleep=0.02"
+#: a step takes 32 ms with one worker, a third of that with three: there is time for nodes to come and to be lost
+PACE = "worker.virtual:sleep=0.004"
 
 HEAD_ID = "f" * 51 + "00000"
 
@@ -131,6 +131,9 @@ def test_a_run_grows_loses_a_node_and_gives_back(autoscaled: Autoscaled) -> None
         wait_for("three workers", lambda: ended(run) or ": 3 workers" in run.text, timeout=120)
         given = autoscaled.nodes()
         assert len(given) == 3, (given, run.text)
+        there = autoscaled.place / "runs" / "elastic"
+        begun = step_of(there)
+        wait_for("steps of three workers", lambda: ended(run) or step_of(there) > begun + 150)
         autoscaled.lose(given[-1])
         wait_for("the loss", lambda: ended(run) or "is lost at step" in run.text, timeout=60)
         assert run.wait(180) == 0, run.text
