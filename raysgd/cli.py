@@ -137,7 +137,6 @@ _run = click.argument("run")
 def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet: bool, **options: Any) -> Outcome:
     """Train what CONFIG (a TOML file) describes, or continue it."""
     from raysgd.config import load
-    from raysgd.outlook import remaining
     from raysgd.report.progress import report_to
 
     spec = load(config, sets, _overrides(**options))
@@ -147,7 +146,7 @@ def train(config: str, sets: tuple[str, ...], fresh: bool, dry_run: bool, quiet:
     report = report_to(sys.stdout, quiet)
     trainer = Trainer.from_spec(spec, fresh=fresh, report=report)
     if dry_run:
-        return remaining(trainer.dry_run()), summary.dry_run
+        return dict(trainer.dry_run()), summary.dry_run
     try:
         result = trainer.fit()
     finally:

@@ -42,7 +42,7 @@ def outlook(spec: RunSpec, tables: Tables, plan: Plan | None = None) -> dict[str
         "epochs": train.epochs,
         "steps_per_epoch": sampler.steps_per_epoch,
         "total_steps": total,
-        "ends_at_step": _end(spec, sampler.steps_per_epoch, total),
+        "ends_at_step": Rounds(train.local_steps, sampler.steps_per_epoch).end(total, spec.run.stop_after_steps),
         "batch_size": train.batch_size,
         "virtual_workers": train.virtual_workers,
         "workers": scaling.num_workers,
@@ -62,18 +62,10 @@ def remaining(facts: Mapping[str, Any]) -> dict[str, Any]:
     >>> remaining({"begins_at_step": 60, "ends_at_step": 100, "predicted_step_ms": 50.0, "predicted_seconds": 5.0})
     {'begins_at_step': 60, 'ends_at_step': 100, 'predicted_step_ms': 50.0, 'predicted_seconds': 2.0, 'steps_left': 40}
     """
-    if not {"begins_at_step", "ends_at_step"} <= set(facts):
-        return dict(facts)
     left = max(0, facts["ends_at_step"] - facts["begins_at_step"])
     step_ms = facts.get("predicted_step_ms")
     seconds = {} if step_ms is None else {"predicted_seconds": round(left * step_ms / 1e3, 1)}
     return {**facts, **seconds, "steps_left": left}
-
-
-def _end(spec: RunSpec, steps_per_epoch: int, total: int) -> int:
-    """The step at which the run ends, or stops as asked."""
-    stop = spec.run.stop_after_steps
-    return total if stop is None else min(Rounds(spec.train.local_steps, steps_per_epoch).after(stop), total)
 
 
 def _sampler(spec: RunSpec, tables: Tables) -> Sampler:

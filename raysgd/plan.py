@@ -107,8 +107,7 @@ class Plan:
     def end_step(self) -> int:
         """Where an attempt ends: ``stop_after_steps`` cuts it short, at the end of a round, without changing any
         schedule."""
-        stop = self.spec.run.stop_after_steps
-        return self.total_steps if stop is None else min(self.rounds.after(stop), self.total_steps)
+        return self.rounds.end(self.total_steps, self.spec.run.stop_after_steps)
 
     @property
     def rule(self) -> Rule:

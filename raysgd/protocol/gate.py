@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.clock import Clocks
@@ -101,10 +103,15 @@ class Gate(Generic[S]):
         raise NotImplementedError
 
     @property
+    def told(self) -> int:
+        """The newest version that anybody may know of: where there is a replica, it holds that too."""
+        return self.version if self.copied is None else min(self.version, self.copied.version)
+
+    @property
     def told_clocks(self) -> Int64:
         """(n_virtual,) steps committed of each virtual worker that anybody may know of."""
         steps: Int64 = self.clocks.steps.copy()
-        return steps
+        return steps if self.copied is None else np.minimum(steps, self.told)
 
     @property
     def held_clocks(self) -> Int64:
@@ -124,14 +131,20 @@ class Gate(Generic[S]):
         return self.clocks.of(run)
 
     def freeze(self) -> int:
-        """Take no more pushes; returns the newest sealed version. The minimum over shards is committed."""
+        """Take no more pushes; returns the newest version that may be told. The minimum over shards is committed."""
         self.frozen = True
-        return self.version
+        return self.told
 
     def drain(self, since: int) -> list[Commit]:
-        """The commits of steps >= ``since``; older ones are forgotten."""
+        """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
         self.commits = [c for c in self.commits if c.step >= since]
-        return list(self.commits)
+        told = self.told
+        return [c for c in self.commits if c.step < told]
+
+    def _forget_commits(self) -> None:
+        """As a replica, which is not asked for them, keep those alone that its primary may not have told."""
+        if len(self.commits) > 2 * KEPT_COMMITS:
+            del self.commits[:-KEPT_COMMITS]
 
     def _later(self, version: int) -> NotYet | Halted:
         """The answer to a pull of a version that is not sealed."""

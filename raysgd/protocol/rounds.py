@@ -49,6 +49,15 @@ class Rounds:
         rounded = -(-nth // self.local_steps) * self.local_steps
         return epoch * self.steps_per_epoch + min(rounded, self.steps_per_epoch)
 
+    def end(self, total: int, stop: int | None) -> int:
+        """Where a run of ``total`` steps ends that is to stop at the step ``stop``, if any: with a round.
+
+        >>> rounds = Rounds(local_steps=4, steps_per_epoch=10)
+        >>> rounds.end(20, None), rounds.end(20, 5), rounds.end(20, 99)
+        (20, 8, 20)
+        """
+        return total if stop is None else min(self.after(stop), total)
+
     def at(self, step: int) -> int:
         """The round that begins at ``step``, where a round begins."""
         assert self.after(step) == step, f"step {step} is inside a round of {self.local_steps} steps"

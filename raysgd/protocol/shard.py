@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from raysgd.learn.batch import Float32, Float64, Int64
+from raysgd.learn.batch import Float32, Float64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import KEPT_COMMITS, Commit, Gate
+from raysgd.protocol.gate import Commit, Gate
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Gone, Halted, Norms, NotYet, Pull, Pulled, Push, PushReply, Verdict
 from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
@@ -109,17 +109,6 @@ class ServerShard(Gate[TreeSum]):
         return self._newest.step
 
     @property
-    def told(self) -> int:
-        """The newest version that anybody may know of: where there is a replica, it holds that too."""
-        return self.version if self.copied is None else min(self.version, self.copied.version)
-
-    @property
-    def told_clocks(self) -> Int64:
-        """As of every shard; not beyond what the replica holds, too."""
-        steps = super().told_clocks
-        return steps if self.copied is None else np.minimum(steps, self.told)
-
-    @property
     def has_previous(self) -> bool:
         """Whether the version before the newest is whole."""
         return self._previous.step >= 0
@@ -168,15 +157,6 @@ class ServerShard(Gate[TreeSum]):
             return Gone(self.index, pull.version, oldest=held if held >= 0 else self.version)
         return self._later(pull.version)
 
-    def freeze(self) -> int:
-        """As of every shard; not beyond what the replica holds, too."""
-        return min(super().freeze(), self.told)
-
-    def drain(self, since: int) -> list[Commit]:
-        """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
-        told = self.told
-        return [c for c in super().drain(since) if c.step < told]
-
     def copy(self) -> Copy:
         """All that a replica begins with; until it says that it has that, the shard goes on alone."""
         self.copied = None
@@ -203,8 +183,7 @@ class ServerShard(Gate[TreeSum]):
             self._seal(step, commit)
             if sealed.square_sums is not None:
                 self._note_norms(step, sealed.square_sums)
-            if len(self.commits) > 2 * KEPT_COMMITS:
-                del self.commits[:-KEPT_COMMITS]
+            self._forget_commits()
         return self.version
 
     def ask_norms(self) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from raysgd.learn.batch import Float32, Int32, Int64
+from raysgd.learn.batch import Float32, Int32
 from raysgd.learn.compact import Index
 from raysgd.learn.models.hashed import BoundHashed
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import KEPT_COMMITS, Commit, Gate
+from raysgd.protocol.gate import Commit, Gate
 from raysgd.protocol.generation import Generation, finite
 from raysgd.protocol.messages import Gone, Halted, NotYet, PushReply, Verdict
 from raysgd.protocol.replica import Copied
@@ -156,25 +156,6 @@ class SparseShard(Gate[SparseSum]):
         """The newest sealed version."""
         return self.store.version
 
-    @property
-    def told(self) -> int:
-        """The newest version that anybody may know of: where there is a replica, it holds that too."""
-        return self.version if self.copied is None else min(self.version, self.copied.version)
-
-    @property
-    def told_clocks(self) -> Int64:
-        """As of every shard; not beyond what the replica holds, too."""
-        return np.minimum(super().told_clocks, self.told)
-
-    def freeze(self) -> int:
-        """As of every shard; not beyond what the replica holds, too."""
-        return min(super().freeze(), self.told)
-
-    def drain(self, since: int) -> list[Commit]:
-        """The commits of steps >= ``since`` that may be told; older ones are forgotten."""
-        told = self.told
-        return [c for c in super().drain(since) if c.step < told]
-
     def copy(self) -> SparseCopy:
         """All that a replica begins with; until it says that it has that, the shard goes on alone."""
         self.copied = None
@@ -193,8 +174,7 @@ class SparseShard(Gate[SparseSum]):
         """
         if sealed.number == self.version:
             self._seal(sealed.record)
-            if len(self.commits) > 2 * KEPT_COMMITS:
-                del self.commits[:-KEPT_COMMITS]
+            self._forget_commits()
         return self.version
 
     @property

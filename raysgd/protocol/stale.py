@@ -13,14 +13,14 @@ Three buffers of parameters: a reader that has begun to copy the newest has a wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 from raysgd.learn.batch import Int64
 from raysgd.learn.parameters import Range
 from raysgd.protocol.consistency import Consistency
-from raysgd.protocol.gate import KEPT_COMMITS, Commit, Tagged
+from raysgd.protocol.gate import Commit, Tagged
 from raysgd.protocol.generation import Generation
 from raysgd.protocol.messages import Halted, NotYet, Pull, Pulled, Push, Verdict
 from raysgd.protocol.replica import Applied, Copied, Copy, Sealed
@@ -33,23 +33,18 @@ def shard_class(consistency: Consistency) -> type[ServerShard]:
     return ServerShard if consistency.exact else StaleShard
 
 
+@dataclass(slots=True)
 class _Round:
     """What was accepted of one step so far."""
 
-    def __init__(self) -> None:
-        self.loss, self.rows, self.staleness = 0.0, 0, 0
-        self.parts: list[Part] = []
+    loss: float = 0.0
+    rows: int = 0
+    staleness: int = 0
+    parts: list[Part] = field(default_factory=list)
 
     @classmethod
     def of(cls, commit: Commit) -> _Round:
-        made = cls()
-        made.loss, made.rows, made.staleness, made.parts = (
-            commit.loss,
-            commit.rows,
-            commit.staleness,
-            list(commit.parts),
-        )
-        return made
+        return cls(commit.loss, commit.rows, commit.staleness, list(commit.parts))
 
     def add(self, push: Push) -> None:
         self.loss += push.partial.loss
@@ -183,8 +178,7 @@ class StaleShard(ServerShard):
         while (push := self._early.pop(self.sequence, None)) is not None:
             self._accept(push)
             assert self.diverged is None, "the primary applied it"
-        if len(self.commits) > 2 * KEPT_COMMITS:
-            del self.commits[:-KEPT_COMMITS]
+        self._forget_commits()
         return self.sequence
 
     def _timely(self, push: Tagged) -> Verdict:

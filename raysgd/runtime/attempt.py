@@ -3,7 +3,7 @@
     train to the next boundary (workers run their own loops) ─▶ validate? ─▶ checkpoint? ─▶ next segment
 
 A boundary is a multiple of ``validate_every`` or ``checkpoint_every``, or the end. During a segment the driver only
-watches: it reads the commits of server shard 0 for the loss curve. Who trains is the crew's business.
+watches: it reads the servers' commits, for the ledger and the loss curve. Who trains is the crew's business.
 """
 
 from __future__ import annotations
@@ -221,7 +221,6 @@ class Attempt:
                 part = Range(begin, min(begin + PART, len(span)))
                 [found] = self.gang.call([read(server, part)], "reading the servers' state")
                 whole.block(slice(span.begin + part.begin, span.begin + part.end)).take(found)
-        whole.step = version
         return whole
 
     def halt(self) -> None:

@@ -17,7 +17,7 @@ from raysgd.errors import DivergedError, InputError, Interrupted, RaysgdError, R
 from raysgd.footprint import Footprint, available_here, footprint, learner_of
 from raysgd.learn.models.base import Model
 from raysgd.learn.transforms import FTRL, SGD, AdaGrad
-from raysgd.outlook import outlook
+from raysgd.outlook import outlook, remaining
 from raysgd.plan import Plan, Tables, hash_bits, open_tables, plan_from_manifest, plan_from_statistics
 from raysgd.protocol.membership import backoff
 from raysgd.report import metrics_log, status
@@ -45,7 +45,7 @@ HALVINGS = 10
 class Result:
     """What a run left.
 
-    metrics: of the last validation ("valid_loss", ...), and "train_loss" of the last line of the curve
+    metrics: of the last validation ("valid_loss", ...), and "train_loss" of the last epoch
     checkpoint: the path of the last one;  path: the run's directory
     digest: SHA-256 over parameters, optimizer state and step;  step: steps committed
     stopped: whether ``stop_after_steps`` ended it before the last step
@@ -146,7 +146,7 @@ class Trainer:
         tables, begin = self._open()
         needed = self._needed(tables)
         plan = None if begin.checkpoint is None else plan_from_manifest(self.spec, tables, begin.checkpoint.manifest)
-        return {
+        facts = {
             "run": self._storage.uri,
             "training_rows": tables.train.n_rows,
             "training_shards": len(tables.train.shards),
@@ -156,6 +156,7 @@ class Trainer:
             "memory": None if needed is None else needed.describe(),
             **outlook(self.spec, tables, plan),
         }
+        return remaining(facts)
 
     def fit(self) -> Result:
         """Train, or continue the run of this name; returns when the last step is committed and saved.
